@@ -25,6 +25,7 @@ COMMANDS = {
     "select": "write the documents that score highest for queries, as tars, lines or ids",
     "domains": "compare a store's domains: mean gradients, cosines, influences",
     "report": "write one HTML page on a store",
+    "serve": "answer queries of stores in a browser and as JSON",
 }
 """Name -> summary. ``NAME_command`` of ``gradproj.cli.NAME`` takes the arguments after the name."""
 WITHOUT_STORE = ("prepare", "index")

@@ -1,6 +1,7 @@
 """User errors: one clear message, exit code 2, no traceback."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,6 +70,29 @@ class ReportedError(GradprojError):
         self.exit_code = exit_code
 
 
+class Ended(BaseException):
+    """This process has to end, through no fault of what it was doing. Without a message: reported.
+
+    No ``Exception``, like ``KeyboardInterrupt``: code that tries what a model can do catches all of
+    those, and a job that is preempted while it loads a model has not failed.
+    """
+
+    def __init__(self, message: str = "", exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(Ended):
+    """A signal came before there was anything to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} before the first unit; run the same command "
+            "to continue",
+            128 + number,
+        )
+
+
 def damaged(path: str | Path, what: str) -> DamagedFile:
     """Return the error for a file of a store that is not as it was written."""
     way_out = "Run `python -m gradproj verify` on the output to see all damage"
@@ -118,6 +142,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
         # The message may contain untrusted names of domains, layers or files.
         print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Ended as end:
+        if str(end):
+            print(f"gradproj: {end}", file=sys.stderr, flush=True)
+        return end.exit_code
     except KeyboardInterrupt:
         print("gradproj: stopped", file=sys.stderr, flush=True)
         return 130

@@ -39,6 +39,11 @@ def clean_lines(text: str) -> str:
     return "\n".join("".join(map(_printable, line)) for line in text.expandtabs().split("\n"))
 
 
+def clean_piece(text: str) -> str:
+    """Clean a part of a line: as ``clean``, with a blank for each white space, also at its ends."""
+    return "".join(" " if c.isspace() else _printable(c) for c in text)
+
+
 def escaped(name: str) -> str:
     """Return a name of a tar with bytes that are not UTF-8 as ``\\xef``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

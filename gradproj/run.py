@@ -5,7 +5,7 @@ but among the ranks that hold one model together (``--ranks_per_model``).
 """
 
 from gradproj.distributed import Process, Rendezvous, choose_device, launcher_died, launcher_rank
-from gradproj.job.shutdown import Stopped, StopRequest, leave  # isort: split
+from gradproj.job.shutdown import StopRequest, leave  # isort: split
 
 from gradproj.store.layout import HEARTBEATS_DIR
 
@@ -100,7 +100,7 @@ def compute_and_merge(job: Job, device: torch.device, stop: StopRequest) -> bool
                     plan.output, queue.claims, wait=wait, stopping=stop, progress=progress
                 )
         except GradprojError as error:
-            if not isinstance(error, (Stopped, ReportedError, StoreReplaced)):
+            if not isinstance(error, (ReportedError, StoreReplaced)):
                 note_failure(plan.output, job.owner, error)
             raise
         finally:

@@ -19,7 +19,7 @@ LEVELS = [
     {"analysis"},
     {"job"},
     {"curvature", "query", "training", "maintenance", "run", "selection", "text"},
-    {"report", "evaluation"},
+    {"report", "evaluation", "serve"},
     {"cli", "examples", "__main__", "__init__"},
 ]
 """A stage imports only from itself and from the levels before its own."""
@@ -48,6 +48,8 @@ HOME_OF = {
     "dask": {"store", "examples"},
     "matplotlib": {"training", "report", "evaluation"},
     "jinja2": {"report", "model"},
+    "starlette": {"serve"},
+    "uvicorn": {"cli"},
 }
 
 

@@ -56,14 +56,16 @@ class PreparedQueries:
 
     def scores_of(self, rows: Tensor) -> Tensor:
         """Return the scores ``(Q, n)`` float32 of rows ``(n, W)``."""
-        products = self.weights @ rows.T
+        return self.finish(self.weights @ rows.T, self.norms_of(rows))
+
+    def norms_of(self, rows: Tensor) -> Tensor | None:
+        """Return by what the products of rows ``(n, W)`` are divided, ``(n,)``; None for 1."""
+        if self.divisor is None:
+            return None
         if self.preconditioner is not None:
-            return self.finish(products, self.preconditioner.self_products(rows).sqrt())
-        if self.divisor is not None:
-            # In float64, which the square of no float32 value overflows.
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-            return self.finish(products, norms)
-        return self.finish(products)
+            return self.preconditioner.self_products(rows).sqrt()
+        # In float64, which the square of no float32 value overflows.
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
     def finish(
         self, products: Tensor, norms: Tensor | None = None, row_scale: Tensor | None = None

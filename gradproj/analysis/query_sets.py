@@ -125,11 +125,22 @@ class QuerySets:
         """
         if len(values) > self.n_rows:
             return torch.cat([self.scores(part) for part in values.split(self.n_rows)])
-        of_sets = values[: self.n_rows - 1] if self.n_control else values
-        if self.aggregate == "max":
-            parts = of_sets.split(self.sizes.tolist())
-            of_sets = torch.stack([part.amax(dim=0) for part in parts])
+        of_sets = values.gather(0, self.rows_that_count(values))
         return of_sets - values[-1] if self.n_control else of_sets
+
+    def rows_that_count(self, values: Tensor) -> Tensor:
+        """Return the number of the row that each set's score is from, ``(G, n)`` int64.
+
+        ``values`` are scores of the rows ``(R, n)``; the control set's are subtracted from all.
+        """
+        if self.aggregate != "max":
+            return torch.arange(len(self), device=values.device)[:, None].expand(
+                -1, values.shape[1]
+            )
+        sizes = self.sizes.tolist()
+        starts, of_sets = np.cumsum([0, *sizes[:-1]]).tolist(), values[: sum(sizes)].split(sizes)
+        best = [x.argmax(dim=0) + first for x, first in zip(of_sets, starts, strict=True)]
+        return torch.stack(best)
 
     def rows(
         self, solve: Callable[[np.ndarray], tuple[Tensor, np.ndarray]], width: int

@@ -85,8 +85,16 @@ class Ranker:
         """Return the options of a scan with this damping of the preconditioner."""
         if self.preconditioner is None:
             return self.options
-        options: ScanOptions = {**self.options, "preconditioner": self.preconditioner}
-        return with_self_influences(self.store, {**options, "damping": damping}, self.note)
+        return with_self_influences(self.store, self._with_damping(damping), self.note)
+
+    def without_scan(self, damping: float | str) -> Scan:
+        """Return the options of this process alone, to score rows in memory."""
+        return Scan.of(self.store, {**self._with_damping(damping), "together": False})
+
+    def _with_damping(self, damping: float | str) -> ScanOptions:
+        if self.preconditioner is None:
+            return self.options
+        return {**self.options, "preconditioner": self.preconditioner, "damping": damping}
 
     def head_of(self, part: slice) -> HeadQueries | None:
         """Return the head rows of some queries."""

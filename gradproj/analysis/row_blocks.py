@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gradproj.analysis.packed_rows import DeviceDecoder
+from gradproj.analysis.watch import ScanProgress
 from gradproj.distributed import World, has_process_group
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
@@ -125,10 +125,11 @@ class SampleFilter:
         return ok
 
 
-def progress_bar(store: ProjectionStore, label: str | None, start: int, stop: int | None) -> tqdm:
-    """Return the progress bar of a scan, on standard error; disabled without a label."""
-    total = (len(store) if stop is None else stop) - start
-    return tqdm(total=total, desc=label, unit="row", unit_scale=True, disable=label is None)
+def progress_bar(
+    store: ProjectionStore, label: str | None, start: int, stop: int | None
+) -> ScanProgress:
+    """Return the progress of a scan: a bar on standard error, if labelled, and for its watch."""
+    return ScanProgress((len(store) if stop is None else stop) - start, label)
 
 
 def decoded_on(

@@ -182,7 +182,7 @@ class Scan:
 
         ``head`` are these queries' head rows, by default those of the options.
         """
-        queries = _select_layers(query_tensor(query_rows), self.store, self.layers)
+        queries = select_layers(query_tensor(query_rows), self.store, self.layers)
         if not np.isfinite(_max_abs(queries)).all():
             raise ConfigError(
                 "a query row has a value that is not finite: its text has no gradient"
@@ -190,13 +190,13 @@ class Scan:
         head, sets = head or self.options.get("head"), self.options.get("sets")
         if sets is not None:
             return self._prepare_sets(queries, head, sets)
-        solved = self._solved(queries)
+        solved = self.solved(queries)
         if SCORES[self.score].divisor == "norms":
             norms = (queries.double() * solved).sum(dim=1, keepdim=True).sqrt()
             solved = solved / torch.where(norms > 0, norms, 1.0)
         return self.prepare_solved(solved, head)
 
-    def _solved(self, queries: Tensor) -> Tensor:
+    def solved(self, queries: Tensor) -> Tensor:
         """Return ``q C^-1``, float64; the queries themselves without a preconditioner."""
         if self.preconditioner is None or self.preconditioner.is_identity:
             return queries
@@ -213,7 +213,7 @@ class Scan:
 
         def solve(chosen: np.ndarray) -> tuple[Tensor, np.ndarray]:
             exact = queries[torch.from_numpy(chosen)].double()
-            solved = self._solved(exact)
+            solved = self.solved(exact)
             lengths[chosen] += (exact * solved).sum(dim=1).clamp(min=0).numpy()
             lengths[chosen] = np.sqrt(lengths[chosen])
             return solved, lengths[chosen]
@@ -315,7 +315,7 @@ def _max_abs(queries: Tensor) -> np.ndarray:
     return np.maximum(values.max(axis=1), -values.min(axis=1))
 
 
-def _select_layers(queries: Tensor, store: ProjectionStore, layers: list[str]) -> Tensor:
+def select_layers(queries: Tensor, store: ProjectionStore, layers: list[str]) -> Tensor:
     """Select the layers' values of whole rows; rows of just these layers are returned as is."""
     if queries.shape[1] == store.dim:
         if layers == chosen_layers(store, None):

@@ -96,21 +96,43 @@ def on_host(
 
 def scores_at(scan: Scan, queries: PreparedQueries, ids: np.ndarray) -> np.ndarray:
     """Return the scores ``(Q, m)`` of some documents alone, from their decoded rows."""
-    head = None if queries.head is None else _head_scores(scan, queries, queries.head)
-    parts = []
+    scores_of, parts = RowScores(scan, queries), []
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         chosen = ids[start : start + _ROWS_AT_ONCE]
         rows = scan.store.rows(chosen, scan.layers, missing="nan")
-        values = queries.scores_of(to_device(torch.from_numpy(rows), scan.device)).double()
-        for place, i in enumerate(chosen.tolist()):
-            if head is not None:
-                values[:, place] += head(i, i + 1)[:, 0]
-            factors = None if queries.has_norms else scan.row_factors(i, i + 1)
-            if factors is not None:
-                values[:, place] *= factors[0]
-        values = values.float()
+        layers, head, factors = scores_of(to_device(torch.from_numpy(rows), scan.device), chosen)
+        values = ((layers + head) * factors).float()
         parts.append(values if queries.sets is None else queries.sets.scores(values))
     return torch.cat(parts, dim=1).cpu().numpy()
+
+
+class RowScores:
+    """Scores of rows in memory, by what makes them up."""
+
+    def __init__(self, scan: Scan, queries: PreparedQueries) -> None:
+        self._scan, self._queries = scan, queries
+        self._head = None if queries.head is None else _head_scores(scan, queries, queries.head)
+
+    def __call__(self, rows: Tensor, ids: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the scores of layers and head, and what both are multiplied by.
+
+        Args:
+            rows: ``(m, W)`` float32 of the chosen layers, on the device.
+            ids: of these documents, whose head rows are read from the store.
+
+        Returns:
+            ``(Q, m)``, ``(Q, m)`` and ``(m,)``, float64 on the device: the score is the product of
+            the sum and the factor. The head's is 0 without head rows, the factor 1 with norms.
+        """
+        layers = self._queries.scores_of(rows).double()
+        head, factors = torch.zeros_like(layers), layers.new_ones(len(ids))
+        for place, i in enumerate(ids.tolist()):
+            if self._head is not None:
+                head[:, place] = self._head(i, i + 1)[:, 0]
+            known = None if self._queries.has_norms else self._scan.row_factors(i, i + 1)
+            if known is not None:
+                factors[place] = known[0]
+        return layers, head, factors
 
 
 def _parts_fit_tiles(scan: Scan, queries: PreparedQueries) -> bool:

@@ -4,6 +4,7 @@ Every scan streams, so memory does not grow with the store, except for the ``(Q,
 ``score``.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Unpack
@@ -18,6 +19,7 @@ from gradproj.analysis.scan import Rows, Scan, ScanOptions, query_tensor
 from gradproj.analysis.score_blocks import Blocks, on_host, score_blocks
 from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.analysis.top_k import TopK
+from gradproj.analysis.watch import present_watch
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
 from gradproj.kernels.device_copy import to_device
@@ -124,9 +126,13 @@ def both_ends_of(
 def add_all(blocks: Blocks, top: TopK, bottom: TopK) -> Tensor:
     """Add the blocks to both ends and return the number of documents with a score.
 
-    Never waits for the device, so the result is a tensor there.
+    Never waits for the device, so the result is a tensor there. A watch may ask for what was found
+    so far.
     """
     n_scored = torch.zeros((), dtype=torch.int64, device=top.device)
+    watch = present_watch()
+    # This rank's alone: a collective here would wait for ranks that nobody watches.
+    so_far = functools.partial(both_ends, top, bottom, n_scored, np.empty(0), World())
     for first, values in blocks:
         # A NaN for one query only (an infinite row) removes the document for all queries, so that
         # all have equally many.
@@ -136,6 +142,8 @@ def add_all(blocks: Blocks, top: TopK, bottom: TopK) -> Tensor:
         top.add(first, values)
         if bottom.k:
             bottom.add(first, -values)
+        if watch is not None:
+            watch.found(so_far)
     return n_scored
 
 

@@ -19,7 +19,7 @@ class CopyConfig(Flags, title="copy"):
         positional=True,
         required="give a folder or an address",
         path="DIR",
-        in_bucket=True,
+        remote=True,
     )
     read_back: bool = flag(
         "Read every copy again and compare its checksum. Costs what reading DEST costs.", True

@@ -39,7 +39,7 @@ class DomainsConfig(ScoreArgs, title="domains"):
 
     output: str = output_flag()
     output_dir: str = flag(
-        "Directory for the files; default: OUTPUT/domains.", "", path="DIR", in_bucket=True
+        "Directory for the files; default: OUTPUT/domains.", "", path="DIR", remote=True
     )
     format: str = flag("Output format.", "table", choices=("table", "json"))
     device: str = flag("Device on which rows are compared.", "auto", choices=DEVICES)

@@ -2,15 +2,18 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from gradproj.corpus.config import SHARDS_REQUIRED, CorpusConfig
-from gradproj.corpus.index import CorpusIndex, build_index, check_unchanged
-from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.index import CorpusIndex, build_index
+from gradproj.corpus.index_file import load_index_if_any, save_index
 from gradproj.corpus.prepare import domain_lines
 from gradproj.corpus.tar.paths import default_index_path, list_tars
+from gradproj.corpus.tar.places import check_unchanged
+from gradproj.corpus.tar.scan_journal import JOURNAL_SUFFIX, ScanJournal
 from gradproj.errors import ConfigError, CorpusError
 from gradproj.flags import Flags, as_in, flag, parse
+from gradproj.storage.address import Location, parse_location
+from gradproj.storage.listing import is_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +21,21 @@ class IndexConfig(Flags, title="index"):
     """Which tars to index, and where to write the index."""
 
     shards: tuple[str, ...] = flag(
-        "A directory, a glob or braces (quoted), a list file, or one tar.",
+        "A directory, a glob or braces (quoted), a list file, or one tar; on disk or at an address "
+        "(s3://, gs://, az://, https://, hf://).",
         name="SHARDS",
         positional=True,
         path="TARS",
+        remote=True,
     )
+    anonymous: bool = as_in(CorpusConfig, "anonymous")
     domain_field: str = as_in(CorpusConfig, "domain_field")
     index_file: str = flag(
         "File of the index; default: corpus.json beside the tars.",
         "",
         renamed_from="output",
         path="FILE",
+        remote=True,
     )
     processes: int = flag(
         "Tars scanned at once; 0 = one per CPU.", 0, minimum=0, why="0 = one per CPU"
@@ -52,18 +59,20 @@ def index_command(argv: list[str]) -> None:
         argv, "gradproj index", IndexConfig, description="Build the index of a corpus of tars."
     )
     shards, started = config.shards[0], time.monotonic()
-    paths = list_tars(shards)
-    path = Path(config.index_file) if config.index_file else default_index_path(paths)
-    if path is None:
-        raise ConfigError(
-            "--index_file must be given: the tars lie in several folders; name a file for the index"
-        )
+    paths = list_tars(shards, "SHARDS", config.anonymous)
+    path = _index_path(config, paths)
     existing = None if config.replace else _load_existing(path)
     if existing is not None and _is_up_to_date(existing, paths, config.domain_field):
         print(f"{path} is up to date: no tar has changed since (--replace scans them again)")
         _print_index(existing)
         return
-    index = build_index(paths, domain_field=config.domain_field, processes=config.processes or None)
+    journal = ScanJournal(path.with_name(path.name + JOURNAL_SUFFIX))
+    index = build_index(
+        paths,
+        domain_field=config.domain_field,
+        processes=config.processes or None,
+        journal=journal,
+    )
     if existing is not None and existing.fingerprint != index.fingerprint:
         raise CorpusError(
             f"{path} is the index of another corpus: {_summary(existing)}; these are "
@@ -72,26 +81,34 @@ def index_command(argv: list[str]) -> None:
         )
     # Without an index of the same documents or --replace, the first of several builders wins.
     save_index(index, path, replace_existing=existing is not None or config.replace)
+    journal.discard()
     print(f"{path} {'renewed: same corpus, touched or moved' if existing else 'written'}")
     _print_index(index, time.monotonic() - started)
 
 
-def _load_existing(path: Path) -> CorpusIndex | None:
-    if not path.exists():
-        return None
+def _index_path(config: IndexConfig, tars: list[Location]) -> Location:
+    if config.index_file:
+        return parse_location(config.index_file)
+    path = default_index_path(tars)
+    if path is None or not is_writable(path):
+        why = "lie in several folders" if path is None else f"lie where none is written ({path})"
+        raise ConfigError(f"--index_file must be given: the tars {why}; name a file for the index")
+    return path
+
+
+def _load_existing(path: Location) -> CorpusIndex | None:
     try:
-        return load_index(path)
+        return load_index_if_any(path)
     except CorpusError as error:
         raise CorpusError(f"{error} --replace (or name another file with --index_file)") from error
 
 
-def _is_up_to_date(index: CorpusIndex, paths: list[Path], domain_field: str) -> bool:
+def _is_up_to_date(index: CorpusIndex, paths: list[Location], domain_field: str) -> bool:
     """Return True if an index covers exactly these tars and none was written since."""
     if index.domain_field != domain_field or [tar.path for tar in index.tars] != paths:
         return False
     try:
-        for tar in index.tars:
-            check_unchanged(tar)
+        check_unchanged(*index.tars)
     except CorpusError:
         return False
     return True

@@ -1,14 +1,16 @@
 """The command ``report``: one HTML page on a store: run, domains, outliers, answers to queries."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from gradproj.analysis import top_and_bottom
-from gradproj.analysis.scan import ScanOptions
+from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_types import DOMAIN_SCORES
+from gradproj.analysis.scores import both_ends_of
+from gradproj.cli.query.tokens import split_scores, splitter_of
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, CorpusError, GradprojError
@@ -17,6 +19,7 @@ from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector, QueryRows, read_queries
+from gradproj.query.token_scores import TokenScores, TokenSplitter
 from gradproj.report.build import make_page
 from gradproj.report.document_tables import (
     BESIDE_CHARACTERS,
@@ -24,8 +27,9 @@ from gradproj.report.document_tables import (
     documents_of,
     scaled_values,
 )
-from gradproj.report.number_format import digits
+from gradproj.report.number_format import digits, exponent_of
 from gradproj.report.page import QueryAnswer, render
+from gradproj.report.token_shading import Shading, query_shading, shading_of
 from gradproj.storage.object_path import path_of
 from gradproj.storage.results import make_folder, write_result
 from gradproj.store import ProjectionStore
@@ -49,7 +53,7 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
         "",
         renamed_from="output",
         path="FILE",
-        in_bucket=True,
+        remote=True,
     )
     top_k: int = flag(
         "Number of documents in a table.",
@@ -59,6 +63,11 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
         why="a page is for reading",
     )
 
+    tokens: bool = flag(
+        "With --queries: shade the tokens that the scores come from, and show the layers. Takes a "
+        "forward and backward pass of each listed document.",
+        True,
+    )
     device: str = flag(
         "Device for the queries' gradients and for the scans.",
         "auto",
@@ -98,7 +107,11 @@ def report(config: ReportConfig) -> Path:
             raise ConfigError(
                 f"--page {path} is a folder; name a file, such as {path / 'report.html'}"
             )
-        rows = query_rows(store, config)  # first: most user errors are in the queries
+        rows = projector = None
+        if config.queries:  # first: most user errors are in the queries
+            queries = _queries(config)
+            projector = QueryProjector(store, config_from(config), config.device)
+            rows = projector.rows(queries)
         device, _ = choose_device(config.device, 0)
         options = config.fitted_options(store, device, DOMAIN_SCORES)
         query_options = options
@@ -107,7 +120,11 @@ def report(config: ReportConfig) -> Path:
         texts = excerpts_of(config)
         answers = None
         if rows is not None:
-            answers = functools.partial(answers_of, store, rows, query_options, config.top_k, texts)
+            splitter = None
+            if config.tokens and texts.read is not None:
+                splitter = splitter_of(config, store, config.device, projector)
+            asked = store, rows, query_options, config.top_k, texts, splitter
+            answers = functools.partial(answers_of, *asked)
         page = make_page(store, options, texts, min(config.top_k, len(store)), answers)
     make_folder("--page", path.parent)
     write_result("--page", path, [render(page)])
@@ -134,39 +151,45 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
 # --- queries ---
 
 
-def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None:
-    """Project the queries with the recorded model; None without ``--queries``.
-
-    Raises:
-        ConfigError: invalid query, or too many queries for a page.
-        ModelError: the model or the tokenizer is not the one of the store.
-    """
-    if not config.queries:
-        return None
+def _queries(config: ReportConfig) -> list[Query]:
+    """Read the queries; ``ConfigError`` for an invalid one, or too many for a page."""
     queries: list[Query] = read_queries(config.queries)
     if len(queries) > MAX_QUERIES:
         raise ConfigError(
             f"--queries {config.queries} holds {len(queries):,} queries, and a page shows at most "
             f"{MAX_QUERIES}: take fewer, or use `query --queries ... --format jsonl`"
         )
-    return QueryProjector(store, config_from(config), config.device).rows(queries)
+    return queries
 
 
 def answers_of(
-    store: ProjectionStore, rows: QueryRows, options: ScanOptions, top_k: int, texts: TextExcerpts
+    store: ProjectionStore,
+    rows: QueryRows,
+    options: ScanOptions,
+    top_k: int,
+    texts: TextExcerpts,
+    splitter: TokenSplitter | None,
 ) -> tuple[list[QueryAnswer], str, str]:
     """Return the top and bottom documents of each query, the score's name, and a note."""
-    k = min(top_k, len(store))
-    top, bottom = top_and_bottom(rows.rows, store, k, k, **options)
+    k, scan = min(top_k, len(store)), Scan.of(store, options)
+    prepared = scan.prepare_queries(rows.rows)
+    top, bottom = both_ends_of(scan, prepared, k, k, rows.rows)
+    ends = [np.asarray(end.ids) for end in (top, bottom)]
+    tokens = None if splitter is None else _tokens(splitter, scan, rows, ends, texts)
     answers = []
     for q, name in enumerate(rows.names):
-        ids = [np.asarray(ranked.ids[q]) for ranked in (top, bottom)]
-        scores, unit = scaled_values(
-            *(np.asarray(ranked.scores[q]) for ranked in (top, bottom)), sign=True
-        )
+        ids = [of_end[q] for of_end in ends]
+        values = [np.asarray(ranked.scores[q]) for ranked in (top, bottom)]
+        scores, unit = scaled_values(*values, sign=True)
+        shading, shaded = None, []
+        if tokens is not None and len(ids[0]):
+            all_values = np.concatenate(values).tolist()
+            scale = exponent_of(all_values), max(map(abs, all_values))
+            shading = functools.partial(_shading, tokens, q, scale)
+            shaded = query_shading(tokens, q, ids[0].tolist(), *scale)
         high, low = (
-            documents_of(store, sample_ids, values, texts, BESIDE_CHARACTERS)
-            for sample_ids, values in zip(ids, scores, strict=True)
+            documents_of(store, sample_ids, formatted, texts, BESIDE_CHARACTERS, shading)
+            for sample_ids, formatted in zip(ids, scores, strict=True)
         )
         answers.append(
             QueryAnswer(
@@ -176,6 +199,7 @@ def answers_of(
                 loss=digits(float(rows.loss[q]), 4),
                 unit=unit,
                 pairs=list(zip(high, low, strict=True)),
+                shaded=shaded,
             )
         )
     note = f"{top.n_scored:,} of {len(store):,} documents have a score."
@@ -188,3 +212,22 @@ def answers_of(
             "whatever is asked."
         )
     return answers, options["score"], note
+
+
+def _tokens(
+    splitter: TokenSplitter,
+    scan: Scan,
+    rows: QueryRows,
+    ends: Sequence[np.ndarray],
+    texts: TextExcerpts,
+) -> TokenScores | None:
+    """Return the scores of the listed documents by token; None, with a note, if they cannot be."""
+    try:
+        return split_scores(splitter, scan, rows, ends)
+    except (GradprojError, OSError) as error:
+        texts.problem = texts.problem or f"Some texts are not shown by token: {error}"
+        return None
+
+
+def _shading(tokens: TokenScores, query: int, scale: tuple[int, float], sample_id: int) -> Shading:
+    return shading_of(tokens, query, sample_id, *scale)

@@ -58,6 +58,11 @@ class Pace:
         return NAMED_AFTER_S if self.slower == 1.0 else 2.5 * self.beat_every_s
 
     @property
+    def ask_every_s(self) -> float:
+        """Time between two looks whether a claim is still this process's, during a merge."""
+        return 0.0 if self.slower == 1.0 else INTERVAL_S
+
+    @property
     def wait_s(self) -> tuple[float, float]:
         """First and longest pause while units of others are waited for."""
         return WAIT_S if self.slower == 1.0 else (WAIT_S[0] * self.slower, self.beat_every_s / 2)

@@ -6,6 +6,7 @@ of its own.
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,13 @@ from gradproj.store.layout import (
 )
 from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.unit_record import list_records
-from gradproj.store.writer import update_attributes, write_array, write_column_block
+from gradproj.store.writer import (
+    mark_merger,
+    update_attributes,
+    without_merger,
+    write_array,
+    write_column_block,
+)
 
 MERGE_CLAIM = "merge"
 WAIT_S = 0.5
@@ -138,13 +145,22 @@ def merge(
 
 
 def merge_publisher(output: Path, claims: ClaimBoard | None) -> Publisher:
-    """Return what publishes the files that only the holder of the merge's claim may replace."""
+    """Return what publishes the files that only the holder of the merge's claim may replace.
+
+    Raises:
+        MergeInterrupted, Outdated: another process has taken the claim over.
+    """
 
     def check() -> None:
         if claims is not None and not claims.owns(MERGE_CLAIM):
             raise MergeInterrupted
 
-    return publisher_of(output) if claims is None else claims.commits.publisher.guarded(check)
+    if claims is None:
+        return publisher_of(output)
+    publisher = claims.commits.publisher.guarded(check)
+    # An earlier merger that hangs would otherwise mark as complete what this one is changing.
+    mark_merger(output / STORE_NAME, f"{claims.owner.name}-{secrets.token_hex(4)}", publisher)
+    return publisher
 
 
 class _Merge:
@@ -163,6 +179,7 @@ class _Merge:
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
         self._recorded = list_records(output / UNITS_DIR)
         self._wanted = wanted_units(self._attributes)
+        self._ask_at = 0.0
         self._sums: dict[str, np.ndarray] = {}
         self._times: list[list[float]] = []
         self._covariance_tokens = 0
@@ -192,7 +209,7 @@ class _Merge:
             "covariance_tokens": self._covariance_tokens,
             "units_recorded": len(self._recorded),
         }
-        attributes = {**read_attributes(self._store), **changes}
+        attributes = without_merger({**read_attributes(self._store), **changes})
         _write_json(self._output / METADATA_NAME, attributes, publisher)
         fault_points.reach("metadata written")
         if complete:
@@ -203,15 +220,21 @@ class _Merge:
                     delete_heartbeat(self._output / HEARTBEATS_DIR, owner)
         # Last of all: this write marks the store as complete.
         self._continue()
-        update_attributes(self._store, changes, publisher)
+        update_attributes(self._store, changes, publisher, ends_merge=True)
         fault_points.reach("attributes updated")
         return stats
 
     def _continue(self) -> None:
         """Show that this process is alive, and check before a write that it may go on."""
         self._progress.batches += 1
-        if self._stopping() or (self._claims is not None and not self._claims.owns(MERGE_CLAIM)):
+        if self._stopping():
             raise MergeInterrupted
+        # In a bucket the question has its price, and every replacement asks it anyway.
+        now = time.monotonic()
+        if self._claims is not None and now >= self._ask_at:
+            self._ask_at = now + self._claims.commits.pace.ask_every_s
+            if not self._claims.owns(MERGE_CLAIM):
+                raise MergeInterrupted
 
     def _merge_block(self, block: int) -> None:
         layout = self._layout
@@ -308,9 +331,11 @@ def _summary(row: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_metadata(output: Path, publisher: Publisher) -> None:
+def write_metadata(output: Path, publisher: Publisher | None = None) -> None:
     """Write ``metadata.json``, a copy of the Zarr group's attributes."""
-    _write_json(output / METADATA_NAME, read_attributes(output / STORE_NAME), publisher)
+    publisher = publisher or publisher_of(output)
+    attributes = without_merger(read_attributes(output / STORE_NAME))
+    _write_json(output / METADATA_NAME, attributes, publisher)
 
 
 def _write_json(path: Path, content: dict[str, Any], publisher: Publisher) -> None:

@@ -122,8 +122,8 @@ class ObjectCommits(Commits):
             return True
         ours, theirs = decode_record(record, final), decode_record(there, final)
         # Another record of the same rows comes from a process that had computed them too, and
-        # prepared them again after the commit. One without rows decided before there was a shard.
-        if theirs.shard in (None, ours.shard):
+        # prepared them again after the commit. A unit without rows is decided by its record.
+        if None in (ours.shard, theirs.shard) or theirs.shard == ours.shard:
             return False
         raise StoreError(
             f"{final} does not belong to the unit's shard. `python -m gradproj verify "

@@ -35,7 +35,7 @@ from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import METADATA_NAME, STATUS, STORE_NAME, UNITS_DIR, StoreLayout
 from gradproj.store.metadata import read_attributes, read_layout, store_exists
 from gradproj.store.unit_record import list_records, list_shards, read_record, record_name
-from gradproj.store.writer import update_attributes, write_column_block
+from gradproj.store.writer import update_attributes, without_merger, write_column_block
 
 
 def check_records_have_store(output: Path) -> None:
@@ -121,7 +121,7 @@ def _is_outdated(output: Path) -> bool:
     return (
         (is_merged(output) and not is_complete(output))
         or next(_blocks_with_lost_units(output), None) is not None
-        or _read_metadata(output) != read_attributes(output / STORE_NAME)
+        or _read_metadata(output) != without_merger(read_attributes(output / STORE_NAME))
     )
 
 

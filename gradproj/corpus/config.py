@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gradproj.flags import Flags, flag, split_list
+from gradproj.storage.cache import FileCache, cache_of
 
 SHARDS_REQUIRED = "give a folder, a glob, braces or a list file of .tar files"
 FIELD_REQUIRED = "name a field, with dots to reach into objects"
@@ -13,10 +14,19 @@ class CorpusConfig(Flags, title="corpus"):
     """The corpus and the part of it to project. Part of the run's identity."""
 
     shards: str = flag(
-        "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json).",
+        "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json), on "
+        "disk or at an address (s3://, gs://, az://, https://, hf://datasets/OWNER/NAME@REVISION/).",
         required=SHARDS_REQUIRED,
         path="TARS",
+        remote=True,
     )
+    anonymous: bool = flag("Read tars of public buckets without credentials.", False)
+    cache_dir: str = flag(
+        "Folder on local disk for whole tars of web servers that send no parts of them.",
+        "",
+        path="DIR",
+    )
+    cache_gb: float = flag("GB that --cache_dir may take.", 100.0, above=0.0)
     domain_field: str = flag(
         "Field of a document's JSON that names its domain; dots reach into objects.",
         "meta.pile_set_name",
@@ -35,6 +45,11 @@ class CorpusConfig(Flags, title="corpus"):
     allow_sparse: bool = flag(
         "Accept the disk space that --domains wastes on a corpus not grouped by domain.", False
     )
+
+    @property
+    def cache(self) -> FileCache | None:
+        """Where whole tars are kept; None without ``cache_dir``."""
+        return cache_of(self.cache_dir, self.cache_gb)
 
     @property
     def chosen_domains(self) -> tuple[str, ...]:

@@ -17,11 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradproj.corpus.tar.paths import some
+from gradproj.corpus.tar.places import check_unchanged, is_other_content, present_facts
 from gradproj.corpus.tar.scan import MAX_DOMAINS, READ_SUFFIXES, TarFacts
+from gradproj.corpus.tar.scan_journal import ScanJournal
 from gradproj.corpus.tar.scan_pool import scan_tars
 from gradproj.corpus.tokenization import Tokenization, read_tokenization
 from gradproj.errors import CorpusError
 from gradproj.formatting import count
+from gradproj.storage.address import Address, Location
+from gradproj.storage.cache import FileCache
 
 _KINDS_SHOWN = 6
 
@@ -31,10 +35,12 @@ class Tar(TarFacts):
     """One tar of the corpus as it was when it was indexed."""
 
     name: str
-    path: Path
+    path: Location
     size_bytes: int
     mtime_ns: int
     start_id: int
+    etag: str = ""
+    """Of a remote tar, if its server names one."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class CorpusIndex:
     texts_only: bool = False
     """Read only ``text`` or ``input_ids`` of a document, as versions before its forms did: rows of
     a store that one of them began are continued so. Not part of the file."""
+    cache: FileCache | None = None
+    """Keeps tars of servers that send whole files only. Not part of the file."""
 
     @cached_property
     def _stop_ids(self) -> NDArray[np.int64]:
@@ -118,12 +126,12 @@ class CorpusIndex:
             lines.append(f"bad input     {documents} without a .json, a .txt or a .npy")
         return lines
 
-    def relocated(self, paths: Sequence[Path], flag: str = "--shards") -> "CorpusIndex":
+    def relocated(self, paths: Sequence[Location], flag: str = "--shards") -> "CorpusIndex":
         """Return the index with its tars at these paths.
 
-        A tar at a new path counts as the indexed one if name and size agree, and its new time is
-        noted; the stream still checks its keys. A tar at its old path keeps its indexed time, so
-        that a change in place is still noticed. ``flag`` names the paths in messages.
+        A tar at a new path counts as the indexed one if name and size agree, and its new time or
+        etag is noted; the stream still checks its keys. A tar at its old path keeps those of the
+        index, so that a change in place is still noticed. ``flag`` names the paths in messages.
 
         Raises:
             CorpusError: other tars, other sizes or another order; lists the differences.
@@ -132,18 +140,24 @@ class CorpusIndex:
         if len(paths) != len(self.tars):
             wrong.append(f"{len(paths)} tars, the index has {len(self.tars)}")
         moved = []
-        for number, (tar, path) in enumerate(zip(self.tars, map(Path, paths), strict=False)):
+        pairs = list(zip(self.tars, paths, strict=False))
+        elsewhere = [path for tar, path in pairs if path != tar.path]
+        present = dict(zip(elsewhere, present_facts(elsewhere), strict=True))
+        for number, (tar, path) in enumerate(pairs):
             if path == tar.path:
-                moved.append(tar)
+                # The address may be another in how it is read.
+                moved.append(replace(tar, path=path))
                 continue
-            stat = _stat(path)
+            now = present[path]
             if path.name != tar.name:
                 wrong.append(f"tar {number} is {path.name}, the index has {tar.name}")
-            elif stat.st_size != tar.size_bytes:
+            elif now.size_bytes != tar.size_bytes:
                 wrong.append(
-                    f"{path.name} has {stat.st_size:,} bytes, the index has {tar.size_bytes:,}"
+                    f"{path.name} has {now.size_bytes:,} bytes, the index has {tar.size_bytes:,}"
                 )
-            moved.append(replace(tar, path=path, mtime_ns=stat.st_mtime_ns))
+            elif is_other_content(tar, path, now):
+                wrong.append(f"{path.name} has another content than the indexed commit's")
+            moved.append(replace(tar, path=path, mtime_ns=now.modified_ns, etag=now.etag))
         if wrong:
             raise CorpusError(
                 f"{flag} names another corpus than the index: {some(wrong, 'difference')}. "
@@ -153,13 +167,16 @@ class CorpusIndex:
 
 
 def build_index(
-    paths: Sequence[Path],
+    paths: Sequence[Location],
     *,
     domain_field: str = "meta.pile_set_name",
     processes: int | None = None,
     progress: bool = True,
+    journal: ScanJournal | None = None,
 ) -> CorpusIndex:
     """Scan every tar once and number its samples, in the order of ``paths``.
+
+    A ``journal`` keeps the facts of scanned tars, so that a later call goes on where one was ended.
 
     ``processes`` is the number of worker processes; None for one per CPU, or none if there are less
     than 256 MB to read.
@@ -169,26 +186,38 @@ def build_index(
     """
     if not paths:
         raise CorpusError("there is no tar to index")
-    paths = [Path(os.path.abspath(path)) for path in paths]
-    before = [_stat(path) for path in paths]
-    sizes = [stat.st_size for stat in before]
+    paths = [path if isinstance(path, Address) else Path(os.path.abspath(path)) for path in paths]
+    before = present_facts(paths)
+    journal = journal or ScanJournal(None)
+    scanned = journal.scanned(paths, before, domain_field)
+    left = [number for number, facts in enumerate(scanned) if facts is None]
+    new = scan_tars(
+        [paths[n] for n in left],
+        [before[n] for n in left],
+        domain_field,
+        processes,
+        progress,
+        lambda i, facts: journal.note(paths[left[i]], before[left[i]], facts),
+    )
+    for number, facts in zip(left, new, strict=True):
+        scanned[number] = facts
     tars: list[Tar] = []
     start_id = 0
-    for path, stat, facts in zip(
-        paths, before, scan_tars(paths, sizes, domain_field, processes, progress), strict=True
-    ):
+    for path, version, facts in zip(paths, before, scanned, strict=True):
+        assert facts is not None, path
         tars.append(
             Tar(
                 name=path.name,
                 path=path,
-                size_bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
+                size_bytes=version.size_bytes,
+                mtime_ns=version.modified_ns,
+                etag=version.etag,
                 start_id=start_id,
                 **vars(facts),
             )
         )
-        check_unchanged(tars[-1])
         start_id += facts.n_samples
+    check_unchanged(*tars)
     return make_index(tuple(tars), domain_field, read_tokenization(paths))
 
 
@@ -225,33 +254,3 @@ def _fingerprint(tars: Sequence[Tar], domain_field: str, tokenization: Tokenizat
     if tokenization is not None:
         hashed.update(msgspec.json.encode(tokenization.settings()))
     return hashed.hexdigest()
-
-
-def check_unchanged(tar: Tar) -> None:
-    """Check that a tar has the size and the modification time it was indexed with.
-
-    Raises:
-        CorpusError: the tar is missing or differs.
-    """
-    stat = _stat(tar.path)
-    changes = []
-    if stat.st_size != tar.size_bytes:
-        changes.append(f"it has {stat.st_size:,} bytes, the index says {tar.size_bytes:,}")
-    if stat.st_mtime_ns != tar.mtime_ns:
-        times = (f"{ns // 10**9}.{ns % 10**9:09d} s" for ns in (stat.st_mtime_ns, tar.mtime_ns))
-        changes.append(f"it was modified at {next(times)}, the index says {next(times)}")
-    if changes:
-        raise CorpusError(
-            f"{tar.path}: changed since it was indexed: {'; '.join(changes)}. "
-            "Run `python -m gradproj index` again: if it was only touched or copied, the corpus "
-            "keeps its fingerprint and a job can continue"
-        )
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise CorpusError(
-            f"{path}: the tar cannot be read: {error.strerror}; restore it or name other tars"
-        ) from error

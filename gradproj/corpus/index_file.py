@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -13,17 +13,22 @@ from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.corpus.tokenization import Tokenization
 from gradproj.errors import CorpusError, StoreError
-from gradproj.storage.object_path import in_bucket
+from gradproj.storage.address import Address, Location, is_remote, parse_location
+from gradproj.storage.cache import FileCache
+from gradproj.storage.listing import read_object, write_object
 from gradproj.storage.publish import publisher_of
 
 FORMAT = "gradproj corpus index"
 FORMAT_VERSION = 1
 INDEX_MODE = 0o644
 """Readable whatever the umask: other users' jobs read the index too."""
+_AGAIN = "Make it again with: python -m gradproj index"
 
 
-def _publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bool:
+def _publish(path: Location, content: Iterable[bytes], replace_existing: bool) -> bool:
     """Write the index file atomically. Returns False if another index exists and stays."""
+    if isinstance(path, Address):
+        return write_object(path, b"".join(content), exclusive=not replace_existing)
     publisher = publisher_of(path)
     try:
         if not replace_existing:
@@ -55,14 +60,32 @@ class _Envelope(msgspec.Struct):
     index: msgspec.Raw
 
 
+@dataclass(frozen=True, kw_only=True)
+class _StoredTar(Tar):
+    """A tar in the file: its path as text, relative to the file's folder if it lies below."""
+
+    path: str  # type: ignore[assignment]
+
+    def located(self, folder: Location, anonymous: bool) -> Tar:
+        """Return the tar with its path as it is."""
+        path: Location
+        if is_remote(self.path) or os.path.isabs(self.path):
+            path = parse_location(self.path, anonymous)
+        else:
+            path = folder / self.path
+        return Tar(**{**vars(self), "path": path})
+
+
 class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     domain_field: str
     fingerprint: str
     tokenization: Tokenization | None = None
-    tars: list[Tar]
+    anonymous: bool = False
+    """Remote tars are read without credentials."""
+    tars: list[_StoredTar]
 
 
-def index_content(index: CorpusIndex, folder: Path | None = None) -> Iterator[bytes]:
+def index_content(index: CorpusIndex, folder: Location | None = None) -> Iterator[bytes]:
     """Yield the file's content. Tars below ``folder`` are named relative to it."""
     checksum = _checksum(_body_parts(index, folder))
     envelope = msgspec.json.encode(
@@ -71,7 +94,9 @@ def index_content(index: CorpusIndex, folder: Path | None = None) -> Iterator[by
     yield from chain([envelope.removesuffix(b"null}")], _body_parts(index, folder), [b"}"])
 
 
-def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False) -> CorpusIndex:
+def save_index(
+    index: CorpusIndex, path: Location, *, replace_existing: bool = False
+) -> CorpusIndex:
     """Write the index atomically and return the index that the file now holds.
 
     If several processes build the same index, the first one's file stays and all return it, unless
@@ -95,48 +120,59 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
     return winner
 
 
-def _absolute(path: Path) -> Path:
-    return path if in_bucket(path) else Path(os.path.abspath(path))
+def _absolute(path: Location) -> Location:
+    return Path(os.path.abspath(path)) if isinstance(path, Path) else path
 
 
-def _body_parts(index: CorpusIndex, folder: Path | None) -> Iterator[bytes]:
+def _body_parts(index: CorpusIndex, folder: Location | None) -> Iterator[bytes]:
     # The JSON of a `_Body`, a tar at a time: the Pile's index is 70 MB.
     body = _Body(
         domain_field=index.domain_field,
         fingerprint=index.fingerprint,
         tokenization=index.tokenization,
+        anonymous=any(isinstance(t.path, Address) and t.path.anonymous for t in index.tars),
         tars=[],
     )
     yield msgspec.json.encode(body).removesuffix(b"]}")
     for number, tar in enumerate(index.tars):
-        path = tar.path
-        if folder is not None and type(folder) is type(path) and path.is_relative_to(folder):
-            path = path.relative_to(folder)
-        yield (b"," if number else b"") + msgspec.json.encode(replace(tar, path=path), enc_hook=str)
+        path: object = tar.path
+        if type(tar.path) is type(folder) and tar.path.is_relative_to(folder):  # type: ignore[arg-type]
+            path = tar.path.relative_to(folder)  # type: ignore[arg-type]
+        yield (b"," if number else b"") + msgspec.json.encode(_fields(tar, path))
     yield b"]}"
 
 
-def load_index(path: Path) -> CorpusIndex:
+def _fields(tar: Tar, path: object) -> dict[str, object]:
+    fields = {**vars(tar), "path": str(path)}
+    return fields if tar.etag else {k: v for k, v in fields.items() if k != "etag"}
+
+
+def load_index(path: Location) -> CorpusIndex:
     """Read an index file.
 
     Raises:
         CorpusError: not an index, one of another format version, or one that was damaged or edited.
     """
     path = _absolute(path)
-    again = "Make it again with: python -m gradproj index"
     try:
-        raw = path.read_bytes()
+        raw = read_object(path) if isinstance(path, Address) else path.read_bytes()
     except OSError as error:
         raise CorpusError(
-            f"{path}: the corpus index cannot be read: {error.strerror}. {again}"
+            f"{path}: the corpus index cannot be read: {error.strerror}. {_AGAIN}"
         ) from error
+    if raw is None:
+        raise CorpusError(f"{path}: there is no such corpus index. {_AGAIN}")
+    return _decode(path, raw)
+
+
+def _decode(path: Location, raw: bytes) -> CorpusIndex:
     try:
         envelope = msgspec.json.decode(raw, type=_Envelope)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         kind = "a torn corpus index" if FORMAT.encode() in raw[:100] else "not a corpus index"
-        raise CorpusError(f"{path}: {kind} ({error}). {again}") from error
+        raise CorpusError(f"{path}: {kind} ({error}). {_AGAIN}") from error
     if envelope.format != FORMAT:
-        raise CorpusError(f"{path}: not a corpus index but {envelope.format[:80]!r}. {again}")
+        raise CorpusError(f"{path}: not a corpus index but {envelope.format[:80]!r}. {_AGAIN}")
     if envelope.format_version != FORMAT_VERSION:
         raise CorpusError(
             f"{path}: a corpus index of format version {envelope.format_version}; this gradproj "
@@ -147,17 +183,25 @@ def load_index(path: Path) -> CorpusIndex:
     content = memoryview(envelope.index)
     if _checksum([content]) != envelope.checksum:
         raise CorpusError(
-            f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"
+            f"{path}: the corpus index is damaged or was edited: its checksum differs. {_AGAIN}"
         )
-    body = msgspec.json.decode(content, type=_Body, dec_hook=lambda kind, value: kind(value))
+    body = msgspec.json.decode(content, type=_Body)
     del raw, envelope, content
-    tars = tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars)
+    tars = tuple(tar.located(path.parent, body.anonymous) for tar in body.tars)
     index = make_index(tars, body.domain_field, body.tokenization)
     if index.fingerprint != body.fingerprint:
         raise CorpusError(
-            f"{path}: the corpus index's fingerprint is not that of its tars. {again}"
+            f"{path}: the corpus index's fingerprint is not that of its tars. {_AGAIN}"
         )
     return index
+
+
+def load_index_if_any(path: Location | None) -> CorpusIndex | None:
+    """Read an index file; None if there is none."""
+    if isinstance(path, Address):
+        raw = read_object(path)
+        return None if raw is None else _decode(path, raw)
+    return load_index(path) if path is not None and path.is_file() else None
 
 
 def open_corpus(
@@ -168,30 +212,35 @@ def open_corpus(
     domain_field: str = "meta.pile_set_name",
     most_tars: int | None = None,
     progress: bool = True,
+    anonymous: bool = False,
+    cache: FileCache | None = None,
 ) -> CorpusIndex:
     """Return the index of the corpus that ``shards`` names, building it if there is none.
 
     An index file (``.json``) is loaded as it is. For tars the index is ``output_index``, which an
     earlier run kept, or the one beside the tars, with the tars' present paths; without either, at
     most ``most_tars`` tars are scanned. ``flag`` names ``shards`` in messages.
+    ``anonymous`` reads remote tars without credentials; ``cache`` keeps those of servers that send
+    whole files only.
 
     Raises:
         CorpusError: there is no such corpus, it has more than ``most_tars`` tars and no index, or
             the index belongs to other tars.
     """
     if shards.endswith(".json"):
-        return load_index(Path(shards))
-    paths = list_tars(shards, flag)
-    beside = default_index_path(paths)
-    indexes = [load_index(p) for p in (output_index, beside) if p is not None and p.is_file()]
+        return replace(load_index(parse_location(shards, anonymous)), cache=cache)
+    paths = list_tars(shards, flag, anonymous)
+    found = [load_index_if_any(p) for p in (output_index, default_index_path(paths))]
+    indexes = [index for index in found if index is not None]
     # Tars that were touched or copied are indexed again beside them. If that is the same
     # corpus, the newer index is used: it has the tars' present times.
     for index in reversed(indexes):
         if index.fingerprint == indexes[0].fingerprint:
-            return index.relocated(paths, flag)
+            return replace(index.relocated(paths, flag), cache=cache)
     if most_tars is not None and len(paths) > most_tars:
         raise CorpusError(
             f"{flag} {shards}: {len(paths):,} tars and no corpus index. Build it once: "
             f"python -m gradproj index '{shards}' (or sbatch slurm/index_pile.sbatch)"
         )
-    return build_index(paths, domain_field=domain_field, progress=progress)
+    built = build_index(paths, domain_field=domain_field, progress=progress)
+    return replace(built, cache=cache)

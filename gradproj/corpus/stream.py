@@ -21,9 +21,11 @@ from gradproj.corpus.documents import (
     ReadLimits,
     read_document,
 )
-from gradproj.corpus.index import CorpusIndex, Tar, check_unchanged
+from gradproj.corpus.index import CorpusIndex, Tar
+from gradproj.corpus.tar.places import open_tar
 from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK, crc_of_keys, key_and_suffix
 from gradproj.errors import CorpusError
+from gradproj.storage.cache import FileCache
 
 _DEFAULT_LIMITS = ReadLimits()
 _POSITION_IN_MESSAGE = re.compile(r" @ <.*>$")
@@ -45,7 +47,7 @@ def read_documents(
     domain_of = DomainReader(index.domain_field)
     for number, first, last in index.spans(start, stop):
         tar = index.tars[number]
-        for position, sample in _samples(tar, first, last, limits):
+        for position, sample in _samples(tar, first, last, limits, index.cache):
             key, sample_id = sample["__key__"], tar.start_id + position
             yield read_document(sample, sample_id, key, number, domain_of, limits, index.texts_only)
 
@@ -74,7 +76,7 @@ def read_members(index: CorpusIndex, ids: np.ndarray) -> Iterator[Members]:
             tar = index.tars[number]
             begin, end = np.searchsorted(run, [tar.start_id + first, tar.start_id + last])
             positions = set((run[begin:end] - tar.start_id).tolist())
-            for position, sample in _samples(tar, first, last, _DEFAULT_LIMITS):
+            for position, sample in _samples(tar, first, last, _DEFAULT_LIMITS, index.cache):
                 if position in positions:
                     yield _members_of(tar, tar.start_id + position, sample)
 
@@ -86,7 +88,7 @@ def read_json(index: CorpusIndex, start: int, stop: int) -> Iterator[bytes | Non
         CorpusError: as ``read_documents``.
     """
     for number, first, last in index.spans(start, stop):
-        for _, sample in _samples(index.tars[number], first, last, _DEFAULT_LIMITS):
+        for _, sample in _samples(index.tars[number], first, last, _DEFAULT_LIMITS, index.cache):
             yield sample.get("json")
 
 
@@ -103,16 +105,16 @@ def _members_of(tar: Tar, sample_id: int, sample: dict[str, Any]) -> Members:
 
 
 def _samples(
-    tar: Tar, first: int, stop: int, limits: ReadLimits
+    tar: Tar, first: int, stop: int, limits: ReadLimits, cache: FileCache | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield position and members of a tar's samples ``[first, stop)``."""
-    check_unchanged(tar)
     first_block, stop_block = first // SAMPLES_PER_BLOCK, -(-stop // SAMPLES_PER_BLOCK)
     offsets, key_crcs = tar.block_offsets, tar.block_key_crcs
     # Yielded one behind: the block's keys are checked before its last sample is yielded.
     held: tuple[int, dict[str, Any]] | None = None
-    with _open(tar) as file:
-        file.seek(int(offsets[first_block]))
+    start = int(offsets[first_block])
+    end = int(offsets[stop_block]) if stop_block < len(offsets) else tar.size_bytes
+    with open_tar(tar, start, end, cache) as file:
         samples = group_by_keys(_tar_members(file, tar, limits))
         for block in range(first_block, stop_block):
             keys = []
@@ -128,13 +130,6 @@ def _samples(
                 raise _changed(tar, block, "its keys are not those of the index")
     if held is not None:
         yield held
-
-
-def _open(tar: Tar) -> BinaryIO:
-    try:
-        return open(tar.path, "rb")
-    except OSError as error:
-        raise CorpusError(f"{tar.path}: the tar cannot be read: {error.strerror}") from error
 
 
 def _next_sample(samples: Iterator[dict[str, Any]], tar: Tar, position: int) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import msgspec
 
+from gradproj.corpus.tar.places import read_beside
 from gradproj.errors import CorpusError
 from gradproj.files import write_file_durably
+from gradproj.storage.address import Location
 
 TOKENIZATION_NAME = "tokens.json"
 _FORMAT = "gradproj tokenization"
@@ -39,17 +41,18 @@ def write_tokenization(folder: Path, tokenization: Tokenization) -> None:
     write_file_durably(folder / TOKENIZATION_NAME, [text + b"\n"], mode=0o644)
 
 
-def read_tokenization(tars: Iterable[Path]) -> Tokenization | None:
+def read_tokenization(tars: Iterable[Location]) -> Tokenization | None:
     """Return the rules of tars that were tokenized ahead; None if no file beside one has any.
 
     Raises:
         CorpusError: the file is damaged, or two folders have different rules.
     """
-    found: dict[Path, Tokenization] = {}
+    found: dict[Location, Tokenization] = {}
     for folder in dict.fromkeys(tar.parent for tar in tars):
         path = folder / TOKENIZATION_NAME
-        if path.is_file():
-            found[path] = _read(path)
+        content = read_beside(path)
+        if content is not None:
+            found[path] = _decode(path, content)
     if not found:
         return None
     (first, tokenization), *others = found.items()
@@ -67,12 +70,12 @@ class _File(msgspec.Struct):
     tokenization: Tokenization
 
 
-def _read(path: Path) -> Tokenization:
+def _decode(path: Location, content: bytes) -> Tokenization:
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        file = msgspec.json.decode(content, type=_File)
         if file.format != _FORMAT:
             raise ValueError(f"its format is {file.format[:40]!r}")
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+    except (ValueError, msgspec.MsgspecError) as error:
         raise CorpusError(
             f"{path}: not the file that prepare --tokenizer wrote ({error}); restore it"
         ) from error

@@ -15,11 +15,11 @@ from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.patterns import ALL
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.whole_gradients import LayerBatch, WholeGradients
-from gradproj.errors import ModelError, StoreError
+from gradproj.errors import ModelError
 from gradproj.formatting import shown
 from gradproj.job.config import RunConfig
-from gradproj.job.recorded import recorded_config, recorded_index, recorded_model
-from gradproj.job.unit_reader import UnitReader, UnitSettings
+from gradproj.job.recorded import recorded_config, recorded_model
+from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.loading import load_model, load_model_config
@@ -90,29 +90,9 @@ class RecordedModel:
             CorpusError: a tar is missing or has changed.
             StoreError: a document has no target token now.
         """
-        store = other or self._store
-        reader, sequences = self._reader(other), []
-        for place, sample_id in enumerate(sample_ids.tolist()):
-            unit = sample_id // store.layout.rows_per_shard
-            prepared = reader.read_samples(unit, sample_id, sample_id + 1)
-            assert prepared is not None  # nothing requests a stop
-            if not prepared.sequences:
-                raise StoreError(
-                    f"{store.path} is damaged: it has a row of document {sample_id}, which has no "
-                    "target token"
-                )
-            sequences += [sequence.owned_by(place) for sequence in prepared.sequences]
-        return sequences
-
-    def _reader(self, other: ProjectionStore | None) -> UnitReader:
         run = self._run if other is None else recorded_config(other.path.parent)
-        store = other or self._store
-        index = recorded_index(store.path.parent, "" if other else self._shards)
-        settings = UnitSettings(
-            store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
-            self._vocabulary, index.domains, run.corpus.chosen_domains, run.limits, run.rules,
-        )  # fmt: skip
-        return UnitReader(index, self._tokenizer, settings)
+        made = other or self._store, run, self._tokenizer, self._vocabulary
+        return RecordedDocuments(*made, "" if other else self._shards).sequences(sample_ids)
 
     @property
     def memory(self) -> CudaMemory | HostMemory:

@@ -4,14 +4,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from gradproj.distributed.process import Process
 from gradproj.distributed.rendezvous import COLLECTIVE_TIMEOUT, LOST_PEER, Rendezvous
-from gradproj.errors import ConfigError, ReportedError
+from gradproj.errors import ConfigError, Ended
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,8 @@ SPEAK_S = 2.0
 
 class ModelGroup:
     """Consecutive ranks that hold one model. Every method but ``watch`` is collective.
+
+    Each raises ``Ended`` if another rank has exited, and reports it.
 
     The first of them, the leader, works for all as a rank of its own would. The group is this
     process's default process group: no collective spans several groups. Numbers and messages go
@@ -39,7 +41,9 @@ class ModelGroup:
         torch_dist.init_process_group(
             "gloo", store=store, rank=self.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
         )
-        self.data = torch_dist.new_group(backend="nccl") if device.type == "cuda" else None
+        self.data = None
+        if device.type == "cuda":
+            self.data = torch_dist.new_group(backend="nccl", timeout=COLLECTIVE_TIMEOUT)
         """The process group of the device's tensors; None for the default one."""
         self._watched = torch_dist.new_group(backend="gloo", timeout=FOREVER)
 
@@ -74,7 +78,8 @@ class ModelGroup:
 
         mine = torch.tensor(numbers, dtype=torch.int64)
         every = torch.empty(self.size * len(numbers), dtype=torch.int64)
-        torch_dist.all_gather_single(every, mine)
+        with self._needs_all():
+            torch_dist.all_gather_single(every, mine)
         return every.view(self.size, len(numbers)).numpy()
 
     def from_leader(self, value: Any = None) -> Any:
@@ -82,8 +87,36 @@ class ModelGroup:
         import torch.distributed as torch_dist
 
         values = [value]
-        torch_dist.broadcast_object_list(values, src=0)
+        with self._needs_all():
+            torch_dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def gather(self, whole: "torch.Tensor", part: "torch.Tensor") -> Callable[[], None]:
+        """Begin to put every rank's part together, in the order of ranks; return what waits for it.
+
+        It begins after all that the device was given so far, which may read ``whole``.
+        """
+        import torch.distributed as torch_dist
+
+        def wait() -> None:
+            with self._needs_all():
+                for work in works:
+                    work.wait()
+
+        works: list[Any]
+        with self._needs_all():
+            if self.data is not None:
+                gathers = torch_dist.all_gather_single
+                works = [gathers(whole, part, group=self.data, async_op=True)]
+                return wait
+            # gloo's own gather copies everything once more.
+            parts = whole.view(self.size, len(part))
+            parts[self.rank].copy_(part)
+            works = [
+                torch_dist.broadcast(each, group_src=rank, async_op=True)
+                for rank, each in enumerate(parts)
+            ]
+        return wait
 
     def send(self, tensors: "Sequence[torch.Tensor]", message: Any = None) -> None:
         """Send tensors of the device, and a message, to the leader, which calls ``receive``."""
@@ -91,11 +124,12 @@ class ModelGroup:
         import torch.distributed as torch_dist
 
         forms = [(tuple(x.shape), x.dtype) for x in tensors]
-        torch_dist.send_object_list([(forms, message)], dst=0)
-        for tensor in tensors:
-            if tensor.numel():
-                content = tensor.contiguous().view(-1).view(torch.uint8)
-                torch_dist.send(content, group_dst=0, group=self.data)
+        with self._needs_all():
+            torch_dist.send_object_list([(forms, message)], dst=0)
+            for tensor in tensors:
+                if tensor.numel():
+                    content = tensor.contiguous().view(-1).view(torch.uint8)
+                    torch_dist.send(content, group_dst=0, group=self.data)
 
     def receive(self, rank: int, device: "torch.device") -> "tuple[list[torch.Tensor], Any]":
         """Return what a rank of the group sends to this one, the leader."""
@@ -103,14 +137,15 @@ class ModelGroup:
         import torch.distributed as torch_dist
 
         header: list[Any] = [None]
-        torch_dist.recv_object_list(header, src=rank)
-        (forms, message), tensors = header[0], []
-        for shape, dtype in forms:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            if tensor.numel():
-                content = tensor.view(-1).view(torch.uint8)
-                torch_dist.recv(content, group_src=rank, group=self.data)
-            tensors.append(tensor)
+        with self._needs_all():
+            torch_dist.recv_object_list(header, src=rank)
+            (forms, message), tensors = header[0], []
+            for shape, dtype in forms:
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+                if tensor.numel():
+                    content = tensor.view(-1).view(torch.uint8)
+                    torch_dist.recv(content, group_src=rank, group=self.data)
+                tensors.append(tensor)
         return tensors, message
 
     # --- the end ---
@@ -131,17 +166,20 @@ class ModelGroup:
             threading.Thread(
                 target=self._wait_for_farewell, args=(other,), name="model group", daemon=True
             ).start()
-        try:
-            yield
-        except RuntimeError as error:
-            if any(words in str(error).lower() for words in LOST_PEER):
-                # It, or the launcher, reports why.
-                self._report("another rank")
-                raise ReportedError(1) from error
-            raise
+        yield
         for other in others:
             with suppress(RuntimeError):  # it has left
                 torch_dist.send(torch.ones(1), group_dst=other, group=self._watched)
+
+    @contextmanager
+    def _needs_all(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(words in str(error).lower() for words in LOST_PEER):
+                raise
+            self._report("another rank")  # it, or the launcher, reports why
+            raise Ended from error
 
     def _wait_for_farewell(self, other: int) -> None:
         import torch

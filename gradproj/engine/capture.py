@@ -1,6 +1,6 @@
 """State that one batch leaves in the target layers: projected inputs, projected gradients, sums."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -23,6 +23,10 @@ from gradproj.engine.projection import (
 from gradproj.engine.selection import find_layers
 from gradproj.errors import MixedSamplesError, ModelError, StaleBatchError
 from gradproj.kernels.onednn import cache_bfloat16, project
+
+TokenVisit = Callable[[int, Tensor, Tensor], None]
+"""``(number of the layer, P_i a (N, S, k_i), P_o g (N, S, k_o))``, called for each use of a layer
+in a backward pass, of the losses as they are weighted."""
 
 ONLY_ALONE = (
     "leave it out of proj_layers, or give batches of one sample, uncompiled (the job's "
@@ -158,6 +162,7 @@ class BatchCapture:
         self._layers = layers
         self._sum_covariances = sum_covariances
         self.token_mask: Tensor | None = None
+        self.visit: TokenVisit | None = None
         self.only_alone = ""
         """Why batches of several samples are refused; empty if they are not."""
         self.unchecked = ""
@@ -214,6 +219,8 @@ class BatchCapture:
         # Not before: DoRA's layers also run on a unit matrix, which gets no gradient of the loss.
         a_p = self._by_sample(layer, a_p)
         g_p = self._by_sample(layer, project(g, layer.p_o))
+        if self.visit is not None:
+            self.visit(index, a_p, g_p)
         part = sum_over_tokens(a_p, g_p)
         # The gradient of a weight that is used twice is the sum of both uses.
         self.parts[index] = self.parts[index] + part if index in self.parts else part

@@ -21,6 +21,7 @@ from gradproj.engine.capture import (
     BatchCapture,
     StartGraph,
     TokenCovariances,
+    TokenVisit,
     batch_shape,
     place_layers,
 )
@@ -63,11 +64,9 @@ class GradProjLoraEngine(OriginalInterface):
         proj_dtype: dtype of the returned rows (``"float32"`` or a torch dtype).
         proj_dir: where ``collect_batch`` and ``save_projections`` write ``.pt`` files.
         proj_kind: rademacher, gaussian or orthonormal.
-        include_embeddings: project the token embedding's gradient too (with a tied head: the
-            lookup's share).
+        include_embeddings: project the token embedding too (of a tied head, the lookup's share).
         experts: as the flag: joint, separate or none.
-        proj_save_interval: with ``proj_dir``, write after this many batches all rows since the last
-            write.
+        proj_save_interval: with ``proj_dir``, write the rows of so many batches at a time.
         freeze_weights: while attached, no weight has a gradient; eval mode. Fast, without training.
         matrices: layer -> ``(P_i, P_o)``, tensors or arrays, to use instead of drawing them.
         basis: layer -> ``(R_i, R_o)``, for rows of ``R_o (P_o G P_i^T) R_i^T`` (``basis.py``).
@@ -273,6 +272,10 @@ class GradProjLoraEngine(OriginalInterface):
 
     # --- rows ---
 
+    def watch(self, visit: TokenVisit | None) -> None:
+        """Show the layers' projected tokens in each backward pass to a function; None ends it."""
+        self._capture.visit = visit
+
     def set_token_mask(self, mask: Tensor | None) -> None:
         """Set the next batch's ``(N, S)`` mask: 1 at the tokens that ``TokenCovariances`` sums."""
         self._capture.token_mask = mask
@@ -326,9 +329,6 @@ class GradProjLoraEngine(OriginalInterface):
         weight, self._loss_factor = self._loss_factor, None
         # new_full makes the number on the device; a copy from the host would wait.
         return weight.to(rows) if isinstance(weight, Tensor) else rows.new_full((), weight)
-
-    def prepare_gradients(self) -> None:
-        """Do nothing: the hooks did the work in the backward pass. ``param.grad`` is untouched."""
 
     def clear_gradients(self) -> None:
         """Drop a batch that was not collected."""

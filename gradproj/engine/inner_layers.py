@@ -249,21 +249,27 @@ class Routes:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._hosts = [layer.host for layer in layers if isinstance(layer, InnerLayer)]
         for host in self._hosts:
-            _N_ROUTES[host] = _N_ROUTES.get(host, 0) + 1
-            if _N_ROUTES[host] == 1:
+            if host not in _ROUTED:
+                _ROUTED[host] = [0, vars(host).get("forward")]
                 is_router = "" in inner_layers_of(host)
                 forward = _router_forward if is_router else _experts_forward
                 host.forward = functools.partial(forward, host)
+            _ROUTED[host][0] += 1
 
     def remove(self) -> None:
         for host in self._hosts:
-            _N_ROUTES[host] -= 1
-            if not _N_ROUTES[host]:
-                del host.forward
+            _ROUTED[host][0] -= 1
+            if _ROUTED[host][0]:
+                continue
+            _, own = _ROUTED.pop(host)
+            del host.forward
+            if own is not None:
+                host.forward = own
         self._hosts = []
 
 
-_N_ROUTES: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_ROUTED: "weakref.WeakKeyDictionary[nn.Module, list]" = weakref.WeakKeyDictionary()
+"""Host -> number of its routes, and the forward of its own (an offloader's) that it had before."""
 
 
 def _router_forward(host: Any, *args: Any, **kwargs: Any) -> Any:

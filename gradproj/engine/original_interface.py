@@ -60,6 +60,9 @@ class OriginalInterface:
     def attach_with_optimizer(self, optimizer: Any = None) -> None:
         self.attach()
 
+    def prepare_gradients(self) -> None:
+        """Do nothing: the hooks did the work in the backward pass. ``param.grad`` is untouched."""
+
     def aggregate_and_log(self) -> Tensor:
         """Call ``collect_batch`` with the ids given to ``attach_train_batch``."""
         ids, self._batch_ids = self._batch_ids, None

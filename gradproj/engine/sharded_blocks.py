@@ -6,15 +6,18 @@ forward pass is right again when its block is back for the backward pass. Weight
 have no gradient that would have to be summed over the ranks.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gradproj.distributed.model_group import ModelGroup
 from gradproj.engine.layers import unwrap
 from gradproj.errors import ModelError
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.block_shards import N_BUFFERS, BlockShards, set_weight
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.loading import check_causal, load_shards
@@ -42,38 +45,11 @@ def load_in_blocks(
         fetch: Fetch = _FromHost(device) if on_cuda else copied
     else:
         model, shards = load_shards(files, group.rank, group.size, device)
-        fetch = _FromRanks(group)
+        fetch = group.gather
     blocks = ShardedBlocks(model, shards, device, fetch, together=group is not None)
     model = model.to(device)
     check_causal(files, model)
     return model, blocks
-
-
-class _FromRanks:
-    """Gathers the shares of all ranks of a group.
-
-    It begins after all that the device was given so far, which may read the buffer.
-    """
-
-    def __init__(self, group: ModelGroup) -> None:
-        self._group = group
-
-    def __call__(self, content: Tensor, share: Tensor) -> Callable[[], Any]:
-        import torch.distributed as torch_dist
-
-        group = self._group
-        if group.data is not None:
-            work = torch_dist.all_gather_single(content, share, group=group.data, async_op=True)
-            assert work is not None
-            return work.wait
-        # gloo's own gather copies everything once more.
-        parts = content.view(group.size, len(share))
-        parts[group.rank].copy_(share)
-        works = [
-            torch_dist.broadcast(part, group_src=rank, async_op=True)
-            for rank, part in enumerate(parts)
-        ]
-        return lambda: [work.wait() for work in works if work is not None]
 
 
 class _FromHost:
@@ -129,16 +105,19 @@ class ShardedBlocks:
         self._waits: list[Callable[[], Any]] = [lambda: None] * N_BUFFERS
         self._fetched: list[int] = []
         self._whole: list[int] | None = None
-        self._is_open = False
+        self._failure: Any = None
+        """Error of the last forward pass."""
         for number, block in enumerate(self._blocks):
+            users = set()
             for weight in block.weights:
                 if weight.name not in shards.missing:
                     set_weight(model, weight.name, weight.view(self._content(number)))
-            self._hook(model.get_submodule(block.name), number)
+                    users.add(model.get_submodule(weight.name.rpartition(".")[0]))
+            self._hook(model.get_submodule(block.name), number, users)
         inner = unwrap(model)
         body = getattr(inner, "base_model", inner)  # run alone by per_sample_loss
         body.register_forward_pre_hook(self._open)
-        body.register_forward_hook(self._close)
+        body.register_forward_hook(self._close, always_call=True)
 
     @property
     def n_bytes(self) -> int:
@@ -149,7 +128,7 @@ class ShardedBlocks:
 
     def begin(self) -> None:
         """Begin a pass that ``complete`` or ``give_up`` will end."""
-        self._fetched, self._held, self._is_open = [], [None] * N_BUFFERS, False
+        self._fetched, self._held, self._failure = [], [None] * N_BUFFERS, None
 
     def complete(self) -> None:
         """End a pass that went through. The first one is what ``give_up`` repeats.
@@ -173,37 +152,55 @@ class ShardedBlocks:
         self.begin()
 
     def _open(self, module: nn.Module, args: tuple) -> None:
-        if self._is_open and self._together:
-            # A check at the start took an error, such as too little memory, for its answer. The
-            # other ranks may be in the middle of that pass.
+        if self._together and self._failure is not None and is_out_of_memory(self._failure):
+            # A check at the start took it for its answer, and the others may be in the middle of
+            # that pass. (An error in the model's code is that of all ranks, at the same place.)
             raise ModelError(
-                f"a pass of {type(module).__name__} failed in the checks at the start, and ranks "
-                "that share a model cannot go on from there: give a smaller --max_length"
+                f"{type(module).__name__} had too little memory in the checks at the start, and "
+                "ranks that share a model cannot go on from there: give a smaller --max_length, or "
+                "more ranks"
             )
         self.begin()
-        self._is_open = True
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._is_open = False
+        # Called after an error too.
+        self._failure = sys.exc_info()[1] if output is None else None
 
     # --- blocks ---
 
-    def _hook(self, block: nn.Module, number: int) -> None:
+    def _hook(self, block: nn.Module, number: int, users: set[nn.Module]) -> None:
+        """Fetch the block before it runs. ``users`` are its modules that have weights."""
+
         def before(module: nn.Module, args: tuple) -> None:
             self._hold(number)
             self._start(number + 1)
 
-        def before_backward(gradient: Tensor) -> None:
+        def inside(module: nn.Module, args: tuple) -> None:
+            if self._held[number % N_BUFFERS] != number:
+                raise ModelError(
+                    f"--ranks_per_model and --offload: {self._blocks[number].name} runs in parts "
+                    f"({type(module).__name__}), and its weights are there only while it runs as a "
+                    "whole; leave the flag out"
+                )
+
+        def before_backward(gradients: Any) -> None:
             self._hold(number)
             self._start(number - 1)
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(before_backward)
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    # A view that the model changes in place later gets another node; what it is a
+                    # view of keeps its own.
+                    nodes = x.grad_fn, None if x._base is None else x._base.grad_fn
+                    for node in nodes:
+                        if node is not None:
+                            node.register_prehook(before_backward)
 
         block.register_forward_pre_hook(before)
         block.register_forward_hook(after)
+        for module in users - {block}:
+            module.register_forward_pre_hook(inside)
 
     def _hold(self, number: int) -> None:
         """Return when the block's weights are in its buffer, in the order of the device."""

@@ -43,6 +43,7 @@ class LdsConfig(Flags, title="experiment"):
         "default: those of --store.",
         "",
         path="TARS",
+        remote=True,
         group="corpus",
     )
     store: str = flag(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from gradproj.errors import ConfigError
-from gradproj.flags.paths import is_in_bucket, local_path, special_file
+from gradproj.flags.paths import local_path, special_file
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def flag(
     renamed_from: str = "",
     metavar: str = "",
     path: str = "",
-    in_bucket: bool = False,
+    remote: bool = False,
     streams: bool = False,
     group: str = "",
     default_text: str = "",
@@ -61,7 +61,7 @@ def flag(
         metavar: what stands for the value in ``--help``, in place of its type: DIR, FILE, NAME.
         path: the value is a path, and this stands for it in ``--help``: DIR, FILE. An address such
             as ``s3://...`` is refused; ``file:///x`` is ``/x``.
-        in_bucket: the path may be an address in a bucket, ``s3://``, ``gs://`` or ``az://``.
+        remote: the path may be an address of a bucket, a web server or the hub.
         streams: the path may be a pipe or a device, such as ``/dev/stdin``.
         group: title of the flag's group in ``--help``, in place of its dataclass's.
         default_text: words for the default in ``--help``, if its value says too little or too much.
@@ -71,7 +71,8 @@ def flag(
         "minimum": minimum, "above": above, "maximum": maximum, "below": below, "why": why,
         "choices": tuple(choices), "words": words, "required": required,
         "renamed_from": renamed_from, "metavar": path or metavar, "path": path or None,
-        "in_bucket": in_bucket or None, "streams": streams or None, "group": group,
+        "remote": remote or None, "streams": streams or None,
+        "group": group,
         "default_text": default_text,
     }  # fmt: skip
     # A bound of 0 is declared, though it is false.
@@ -120,10 +121,8 @@ def _as_paths(f: dataclasses.Field, value: Any) -> Any:
     """Return the value of a path's flag, a text or a tuple of texts, with local paths."""
     if isinstance(value, tuple):
         return tuple(_as_paths(f, item) for item in value)
-    if "in_bucket" in f.metadata and is_in_bucket(value):
-        return value
     try:
-        path = local_path(value)
+        path = local_path(value, remote="remote" in f.metadata)
     except ConfigError as error:
         raise ConfigError(f"{label_of(f)} {value} {error}") from error
     kind = "" if "streams" in f.metadata else special_file(path)

@@ -9,7 +9,7 @@ from gradproj.errors import ConfigError
 
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _SCHEME = re.compile(r"(hf(?=://)|(?!hf:)[A-Za-z][A-Za-z0-9+.-]+):/|(pipe):")
-_BUCKET = re.compile(r"(s3|gs|az):/", re.IGNORECASE)
+REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 _KINDS = {
     stat.S_IFIFO: "a FIFO (named pipe)",
     stat.S_IFSOCK: "a socket",
@@ -18,13 +18,10 @@ _KINDS = {
 }
 
 
-def is_in_bucket(text: str) -> bool:
-    """Return whether ``text`` is the address of a bucket that can hold outputs."""
-    return _BUCKET.match(text) is not None
-
-
-def local_path(text: str) -> str:
+def local_path(text: str, *, remote: bool = False) -> str:
     """Return the local path that ``text`` is, or that a ``file://`` address names.
+
+    With ``remote``, an address of a bucket, a web server or the hub is returned as it is.
 
     Raises:
         ConfigError: an address of another kind, which would become a folder named ``s3:``.
@@ -33,6 +30,8 @@ def local_path(text: str) -> str:
     if match is None:
         return text
     scheme = (match[1] or match[2]).lower()
+    if remote and scheme in REMOTE_SCHEMES:
+        return text
     if scheme == "file":
         host, slash, path = text[len("file:") :].removeprefix("//").partition("/")
         if host in ("", "localhost"):

@@ -12,7 +12,7 @@ from gradproj.engine.head_rows import HeadConfig
 from gradproj.engine.projection import JobProjectionConfig
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, parse, word_of
-from gradproj.flags.paths import is_in_bucket, local_path
+from gradproj.flags.paths import local_path
 from gradproj.model.config import ModelConfig
 from gradproj.model.document_tokens import DocumentRules
 from gradproj.storage.object_path import path_of
@@ -54,7 +54,7 @@ class JobConfig(Flags, title="job"):
         "Output directory: the store and all about the job. Started again on it, the job resumes.",
         required="give a folder, or an address such as s3://bucket/folder",
         path="DIR",
-        in_bucket=True,
+        remote=True,
     )
     device: str = flag(
         "Device; auto takes one GPU per rank if torch sees any.", "auto", choices=DEVICES
@@ -155,7 +155,7 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     try:
         text = given.get("output_dir", "")
-        output = path_of(text if is_in_bucket(text) else local_path(text))
+        output = path_of(local_path(text, remote=True))
         attributes = read_attributes(output / STORE_NAME) if store_exists(output) else {}
     except GradprojError:  # opening the store reports it
         return {}

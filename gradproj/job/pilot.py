@@ -30,7 +30,7 @@ from gradproj.engine.head_rows import HeadPilot
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.projection import job_matrices
 from gradproj.engine.run_batch import run_batch, run_in_halves
-from gradproj.errors import CorpusError, GradprojError, ModelError
+from gradproj.errors import CorpusError, ModelError
 from gradproj.formatting import count, human_seconds
 from gradproj.job.lockstep import Lockstep, Part, load_job_model
 from gradproj.job.plan import Plan
@@ -120,15 +120,14 @@ def run_pilot(
 def help_pilot(plan: Plan, lockstep: Lockstep) -> nn.Module | None:
     """Run a group member's batches of rank 0's pilot. Returns the model.
 
-    None if rank 0 has given up; it tells all ranks why.
+    None if another job has made the store meanwhile.
     """
+    model = lockstep.load(fetch(plan.config.model))
+    head = HeadPilot.of(model, plan.config.projection, plan.head)
+    matrices = job_matrices(plan.config.projection, plan.layers)
     try:
-        model = lockstep.load(fetch(plan.config.model))
-        head = HeadPilot.of(model, plan.config.projection, plan.head)
-        matrices = job_matrices(plan.config.projection, plan.layers)
         _sum_covariances(plan, model, matrices, [], lambda: False, head, lockstep)
-    except (StoreExists, GradprojError) as error:
-        log.info("pilot: %s", error)
+    except StoreExists:
         return None
     return model
 

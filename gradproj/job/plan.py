@@ -11,9 +11,10 @@ from torch import nn
 
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import UNKNOWN_DOMAIN
-from gradproj.corpus.index import CorpusIndex, check_unchanged
+from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.paths import INDEX_NAME
+from gradproj.corpus.tar.places import check_unchanged
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.coverage import Coverage
@@ -289,9 +290,10 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
         domain_field=config.corpus.domain_field,
         most_tars=MAX_TARS_TO_INDEX,
         progress=progress,
+        anonymous=config.corpus.anonymous,
+        cache=config.corpus.cache,
     )
-    for tar in index.tars:
-        check_unchanged(tar)
+    check_unchanged(*index.tars)
     if index.n_samples == 0:
         raise CorpusError(f"--shards {shards}: its {len(index.tars)} tars hold no document")
     if index.domain_field != config.corpus.domain_field:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradproj.corpus.index import CorpusIndex, check_unchanged
-from gradproj.corpus.index_file import default_index_path, load_index
-from gradproj.corpus.tar.paths import list_tars
+from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.index_file import load_index_if_any
+from gradproj.corpus.tar.paths import default_index_path, list_tars
+from gradproj.corpus.tar.places import are_in_place, check_unchanged
 from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
@@ -100,25 +101,25 @@ def config_from(inputs: RecordedRunArgs, loads_weights: bool = True) -> RunConfi
 
 def recorded_index(output: Path, shards: str = "") -> CorpusIndex:
     """Return the output's own index, with its tars where the job found them or at ``shards``."""
-    recorded = recorded_config(output).corpus.shards
-    index, shards = output_index(output), shards or recorded
+    recorded = recorded_config(output).corpus
+    index, shards = output_index(output), shards or recorded.shards
     # The index holds absolute paths; the job's --shards may be relative to another folder.
-    in_place = shards == recorded and all(tar.path.is_file() for tar in index.tars)
+    in_place = shards == recorded.shards and are_in_place(index.tars)
     if not in_place and not shards.endswith(".json"):
-        index = index.relocated(list_tars(shards))
+        index = index.relocated(list_tars(shards, anonymous=recorded.anonymous))
     return _with_present_times(index)
 
 
 def _with_present_times(index: CorpusIndex) -> CorpusIndex:
     """Return the index that ``gradproj index`` made beside tars of the same content, if it did."""
     try:
-        for tar in index.tars:
-            check_unchanged(tar)
+        check_unchanged(*index.tars)
     except CorpusError:
         beside = default_index_path([tar.path for tar in index.tars])
-        newer = load_index(beside) if beside and beside.is_file() else index
+        newer = load_index_if_any(beside) or index
         same = newer.fingerprint == index.fingerprint
-        return replace(newer, texts_only=index.texts_only) if same else index
+        reading = {"texts_only": index.texts_only, "cache": index.cache}
+        return replace(newer, **reading) if same else index
     return index
 
 

@@ -9,7 +9,7 @@ from gradproj.flags import DEVICES, Flags, flag
 def output_flag() -> Any:
     """Declare ``OUTPUT``, the first argument of a command that reads a job's output."""
     about = "Output directory of a job (its --output_dir)."
-    return flag(about, name="OUTPUT", positional=True, path="DIR", in_bucket=True)
+    return flag(about, name="OUTPUT", positional=True, path="DIR", remote=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class RecordedRunArgs(Flags, title="recorded inputs"):
     output: str = output_flag()
     model: str = flag("The job's model, if it has moved: DIR or FILE.gguf.", "", path="DIR|FILE")
     tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "", path="DIR")
-    shards: str = flag("The job's tars, if they have moved.", "", path="TARS")
+    shards: str = flag("The job's tars, if they have moved.", "", path="TARS", remote=True)
     device: str = flag("Device on which gradients are computed.", "auto", choices=DEVICES)
     trust_remote_code: bool = flag("Run code that comes with the recorded checkpoint.", False)
     allow_pickle: bool = flag("Load the recorded .bin weights, which can run code.", False)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from gradproj.errors import GradprojError, ReportedError
+from gradproj.errors import Ended, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_AFTER_S = 3.0
@@ -21,17 +21,6 @@ ORPHAN_GRACE_S = 3.0
 """Time for the batch in flight after the launcher has died."""
 
 PARENT_AT_IMPORT = os.getppid()
-
-
-class Stopped(GradprojError):
-    """A signal arrived before there was anything to save."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} before the first unit; run the same command "
-            "to continue"
-        )
-        self.exit_code = 128 + number
 
 
 class StopRequest:
@@ -141,7 +130,7 @@ class StopRequest:
                 os.write(2, f"gradproj: {Stopped(number)}\n".encode())
             os._exit(self.exit_code)
         if not self._draining:
-            raise Stopped(number) if self._announces else ReportedError(128 + number)
+            raise Stopped(number) if self._announces else Ended(exit_code=128 + number)
         if self._announces:
             # os.write, since the signal may have interrupted a print.
             os.write(2, f"\ngradproj: {self.reason}: stopping after the batch in flight\n".encode())

@@ -26,9 +26,9 @@ from gradproj.coordinator.unmerge import (
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import INDEX_MODE, index_content, load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
-from gradproj.distributed import JobName, Process, Rendezvous
+from gradproj.distributed import JobName, Process, Rendezvous, report_errors_from_rank_0
 from gradproj.engine.projection import job_matrices
-from gradproj.errors import GradprojError, ReportedError, StoreError
+from gradproj.errors import Ended, GradprojError, ReportedError, StoreError
 from gradproj.files import explain_os_errors
 from gradproj.formatting import clean_lines
 from gradproj.job.attributes import attributes_of, versions
@@ -39,7 +39,6 @@ from gradproj.job.identity import check_identity, is_untouched
 from gradproj.job.lockstep import Lockstep
 from gradproj.job.pilot import PilotRanks, help_pilot, run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, make_plan
-from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
 from gradproj.storage.log_file import log_file
 from gradproj.storage.probe import check_conditional_writes
@@ -109,14 +108,17 @@ def start_job(
             plan, model = _start(config, name, where)
             # The index can be large. The other ranks read it from the output directory.
             shared = (replace(plan, index=cast(CorpusIndex, None)), name)
-        except GradprojError as error:
+        except (GradprojError, Ended) as error:
             # Print before the others learn of it: torchrun ends rank 0 as soon as one has left.
-            print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
+            if str(error):
+                print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             exit_code = error.exit_code
     shared = ranks.from_rank_0(shared)
     if isinstance(shared, Plan):  # of a pilot in which rank 0's group takes part
         if lockstep is not None and lockstep.group.number == 0:
-            model = help_pilot(shared, lockstep)
+            # Rank 0 would wait for this one, so an error here ends the process.
+            with report_errors_from_rank_0(process.rank):
+                model = help_pilot(shared, lockstep)
         shared = ranks.from_rank_0()
     if shared is None:
         raise ReportedError(exit_code)
@@ -141,9 +143,8 @@ def _start(config: RunConfig, name: JobName, where: PilotRanks) -> tuple[Plan, n
         plan = make_plan(config)
         model = make_output(plan, owner, where)
     except GradprojError as error:
-        if not isinstance(error, Stopped):
-            with suppress(GradprojError):  # of a bucket that cannot be reached
-                note_failure(config.output, owner, error)
+        with suppress(GradprojError):  # of a bucket that cannot be reached
+            note_failure(config.output, owner, error)
         raise
     clear_failure(plan.output, name.job_id)
     return plan, model

@@ -16,6 +16,7 @@ from gradproj.engine.batching import BatchConfig, longest_of_owners, plan_batche
 from gradproj.formatting import escaped
 from gradproj.model.document_tokens import DocumentRules, DocumentTokenizer, TokenizedDocument
 from gradproj.model.sequences import TokenSequence
+from gradproj.model.token_texts import TokenTexts
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_keys
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,14 @@ class UnitReader:
             return []
         (made,) = self._tokenize([document])
         return made.sequences
+
+    def with_texts(self, document: Document) -> tuple[list[TokenSequence], TokenTexts]:
+        """Return the sequences of a document, with ``places``, and what its tokens stand for."""
+        content = document.content
+        if content is None or self.settings.status_of(document)[0] != "ok":
+            return [], TokenTexts(None)
+        made, texts = self._tokenizer.with_texts(content, document.weight)
+        return made.sequences, texts
 
     def _tokenize(self, documents: Sequence[Document]) -> list[TokenizedDocument]:
         """Tokenize documents with a content."""

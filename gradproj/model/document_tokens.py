@@ -20,6 +20,7 @@ from gradproj.corpus.content import (
 from gradproj.flags import Flags, flag
 from gradproj.model.chat import LOSS_ON, NO_TEMPLATE, ChatTemplate, Spans, TurnError, chat_template
 from gradproj.model.sequences import TRUNCATE_SIDES, TokenSequence, split_long
+from gradproj.model.token_texts import TokenTexts
 from gradproj.model.tokenization import Tokenizing
 
 
@@ -89,6 +90,8 @@ class _Part:
     ids: np.ndarray | None = None
     is_target: np.ndarray | None = None
     """``(S,)`` bool; None for all tokens."""
+    first_place: int | None = None
+    """Of its tokens among those of the document, if they are wanted."""
 
 
 class DocumentTokenizer:
@@ -150,6 +153,21 @@ class DocumentTokenizer:
             TokenizedDocument(problem=parts) if isinstance(parts, str) else self._cut_all(parts)
             for parts in documents
         ]
+
+    def with_texts(self, content: Content, weight: float) -> tuple[TokenizedDocument, TokenTexts]:
+        """Return a document's sequences, which have ``places``, and what its tokens stand for."""
+        texts = TokenTexts(self._tokenizer)
+        try:
+            parts = self._parts(content, weight)
+        except (_ProblemError, TurnError) as problem:
+            return TokenizedDocument(problem=str(problem)), texts
+        self._tokenize(parts)
+        names = ("chosen", "rejected") if isinstance(content, Preference) else ("",)
+        for part, name in zip(parts, names, strict=True):
+            assert part.ids is not None
+            special = self._by_tokenizer and not part.is_chat
+            part.first_place = texts.add(part.ids, part.text, special, name)
+        return self._cut_all(parts), texts
 
     def _parts(self, content: Content, weight: float) -> list[_Part]:
         if isinstance(content, Text):
@@ -282,11 +300,11 @@ def _are_equal(ours: Sequence[TokenSequence], theirs: Sequence[TokenSequence]) -
 
 def _sequence(part: _Part) -> TokenSequence:
     assert part.ids is not None
-    if part.is_target is None:
-        return TokenSequence.of(part.ids, part.factor)
-    mask = part.is_target.copy()
+    n, first = len(part.ids), part.first_place
+    mask = np.ones(n, bool) if part.is_target is None else part.is_target.copy()
     mask[:1] = False
-    return TokenSequence(part.ids, mask, part.factor)
+    places = None if first is None else np.arange(first, first + n)
+    return TokenSequence(part.ids, mask, part.factor, places=places)
 
 
 def _in_spans(offsets: Sequence[tuple[int, int]], spans: Spans) -> np.ndarray:

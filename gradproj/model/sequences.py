@@ -25,6 +25,8 @@ class TokenSequence:
     factor: float = 1.0
     owner: int = 0
     """Number of the document."""
+    places: np.ndarray | None = None
+    """``(S,)`` int64: each token's place among all of its document, if they were asked for."""
 
     @classmethod
     def of(
@@ -49,7 +51,8 @@ class TokenSequence:
         # Copies, or a part would keep all tokens of a long document in memory.
         ids, is_target = self.ids[start:stop].copy(), self.is_target[start:stop].copy()
         is_target[:1] = False
-        return replace(self, ids=ids, is_target=is_target)
+        places = None if self.places is None else self.places[start:stop].copy()
+        return replace(self, ids=ids, is_target=is_target, places=places)
 
 
 def split_long(
@@ -73,7 +76,9 @@ def split_long(
         parts = [sequence.part(0, max_length)]
     elif sequence.ids[0] == bos:
         kept = np.r_[0, n - max_length + 1 : n]
-        parts = [replace(sequence, ids=sequence.ids[kept], is_target=sequence.is_target[kept])]
+        places = None if sequence.places is None else sequence.places[kept]
+        ids, is_target = sequence.ids[kept], sequence.is_target[kept]
+        parts = [replace(sequence, ids=ids, is_target=is_target, places=places)]
     else:
         parts = [sequence.part(n - max_length, n)]
     return [part for part in parts if part.is_target.any()]

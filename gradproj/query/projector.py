@@ -55,6 +55,8 @@ class QueryRows:
     """Head rows, if the store has them."""
     hidden: np.ndarray | None = None
     """``(Q, d)`` float32 hidden states, if the store has them."""
+    queries: Sequence[Query] = ()
+    """The queries themselves, unless they are another store's documents."""
 
     def windows(self) -> list[list[TokenSequence]]:
         """Return each query's sequences."""
@@ -118,11 +120,11 @@ class QueryProjector:
     ) -> None:
         run = run or config_from(RecordedRunArgs(output=str(store.path.parent)))
         prepare_torch(run.job.threads, run.job.deterministic)
-        recorded = recorded_engine(store, run, device, query_model)
+        self.recorded = recorded = recorded_engine(store, run, device, query_model)
         self._model, self._engine, self._device = recorded.model, recorded.engine, recorded.device
         self._batch, self._head = recorded.batch, recorded.head
         self._hidden = kind_of(store)
-        self._tokenizer = QueryTokenizer(
+        self.tokenizer = QueryTokenizer(
             recorded.tokenizer, recorded.vocabulary, run.model.special_tokens, run.rules,
             recorded.batch,
         )  # fmt: skip
@@ -140,7 +142,7 @@ class QueryProjector:
         """
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
-        sequences = self._tokenizer.sequences_of(queries)
+        sequences = self.tokenizer.sequences_of(queries)
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
         head = _HeadWindows(self._head, len(queries))
@@ -175,10 +177,10 @@ class QueryProjector:
                     f"{query.place}: its gradient is {problem}, which ranks no document; leave the "
                     "query out"
                 )
-        names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
+        names, excerpts = [q.name for q in queries], [self.tokenizer.excerpt(q) for q in queries]
         divisor = n_tokens if self._batch.loss_reduction == "mean" else np.ones_like(n_tokens)
         made = names, rows, n_tokens, loss / n_tokens, excerpts, sequences
-        return QueryRows(*made, head.queries(divisor), hidden.finished())
+        return QueryRows(*made, head.queries(divisor), hidden.finished(), queries)
 
     def rows_of(self, loss: OwnLoss, queries: Sequence[Query]) -> QueryRows:
         """Project the gradients of any scalar that the model computes of each query.
@@ -201,7 +203,7 @@ class QueryProjector:
         """
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
-        sequences = self._tokenizer.sequences_of(queries)
+        sequences = self.tokenizer.sequences_of(queries)
         counts = np.bincount([sequence.owner for sequence in sequences], minlength=len(queries))
         for query, count in zip(queries, counts.tolist(), strict=True):
             if count != 1:
@@ -213,7 +215,7 @@ class QueryProjector:
         with self._engine:
             made = OwnLossRows(self._model, self._engine, loss, sequences, places)
             rows, values = made.compute(self._batch)
-        names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
+        names, excerpts = [q.name for q in queries], [self.tokenizer.excerpt(q) for q in queries]
         n_tokens = np.array(list(map(len, sequences)), np.int64)
         return QueryRows(names, rows, n_tokens, values, excerpts, sequences)
 

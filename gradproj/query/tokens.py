@@ -1,14 +1,16 @@
 """Tokenize queries as a store's job tokenizes documents."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
-from gradproj.corpus.content import Completion, Content, Conversation, Preference, TokenIds
+from gradproj.corpus.content import Completion, Content, Conversation, Preference, Text, TokenIds
 from gradproj.engine.batching import BatchConfig
 from gradproj.errors import ConfigError
 from gradproj.formatting import one_line
-from gradproj.model.document_tokens import DocumentRules, DocumentTokenizer
+from gradproj.model.document_tokens import DocumentRules, DocumentTokenizer, TokenizedDocument
 from gradproj.model.sequences import TokenSequence, split_long
+from gradproj.model.token_texts import TokenTexts
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
 
 _PROMPT_FRACTION = 0.4
@@ -49,24 +51,50 @@ class QueryTokenizer:
             ConfigError: no target token, more tokens than a row covers, no tokens by the rules, or
                 an unknown token id.
         """
-        batch, found = self._batch, []
         contents, weights = [q.content for q in queries], [q.weight for q in queries]
         documents = self._documents.sequences(contents, weights)
-        for number, (query, document) in enumerate(zip(queries, documents, strict=True)):
-            if document.problem:
-                raise ConfigError(f"{query.place}: {document.problem}")
-            if not document.sequences:
-                raise ConfigError(f"{query.place}: no target for a loss; give more text")
-            n = max(map(len, document.sequences))
-            if n > batch.max_length and batch.long_documents == "truncate":
-                raise ConfigError(
-                    f"{query.place}: {n:,} tokens, and the store's rows cover the {self._kept} "
-                    f"{batch.max_length:,} of a document; shorten it"
-                )
-            for whole in document.sequences:
-                parts = split_long(whole, batch.max_length, batch.long_documents)
-                found += [part.owned_by(number) for part in parts]
-        return found
+        pairs = zip(queries, documents, strict=True)
+        return [x for n, pair in enumerate(pairs) for x in self._cut(n, *pair)]
+
+    def with_texts(self, queries: Sequence[Query]) -> tuple[list[TokenSequence], list[TokenTexts]]:
+        """Return ``sequences_of``, with ``places``, and what each query's tokens stand for."""
+        sequences, texts = [], []
+        for number, query in enumerate(queries):
+            document, tokens = self._documents.with_texts(query.content, query.weight)
+            sequences += self._cut(number, query, document)
+            texts.append(tokens)
+        return sequences, texts
+
+    def _cut(self, number: int, query: Query, document: TokenizedDocument) -> list[TokenSequence]:
+        batch = self._batch
+        if document.problem:
+            raise ConfigError(f"{query.place}: {document.problem}")
+        if not document.sequences:
+            raise ConfigError(f"{query.place}: no target for a loss; give more text")
+        n = max(map(len, document.sequences))
+        if n > batch.max_length and batch.long_documents == "truncate":
+            raise ConfigError(
+                f"{query.place}: {n:,} tokens, and the store's rows cover the {self._kept} "
+                f"{batch.max_length:,} of a document; shorten it"
+            )
+        return [
+            part.owned_by(number)
+            for whole in document.sequences
+            for part in split_long(whole, batch.max_length, batch.long_documents)
+        ]
+
+    def characters_that_fit(self, text: str) -> int:
+        """Return how many characters of a text, from its beginning, a query may have."""
+        if self._batch.long_documents != "truncate":
+            return len(text)
+
+        def is_too_long(n: int) -> bool:
+            (document,) = self._documents.sequences([Text(text[:n])], [1.0])
+            return max(map(len, document.sequences), default=0) > self._batch.max_length
+
+        if not is_too_long(len(text)):
+            return len(text)
+        return bisect.bisect_left(range(len(text)), True, key=is_too_long) - 1
 
     def excerpt(self, query: Query) -> str:
         """Return one line of at most ``EXCERPT_CHARACTERS`` characters that shows a query."""

@@ -11,6 +11,7 @@ from gradproj.formatting import escaped, one_line
 from gradproj.report.distributions import Distributions
 from gradproj.report.number_format import digits, exponent_of, minus, places_for, power, scaled
 from gradproj.report.page import DocumentLine, Table
+from gradproj.report.token_shading import Shading
 from gradproj.store import ProjectionStore
 
 EXCERPT_CHARACTERS = 320
@@ -44,8 +45,9 @@ def documents_of(
     values: Sequence[str],
     excerpts: TextExcerpts,
     most: int = EXCERPT_CHARACTERS,
+    shading: Callable[[int], Shading] | None = None,
 ) -> list[DocumentLine]:
-    """Return documents ready for a table."""
+    """Return documents ready for a table, with their shading if it is known."""
     return [
         DocumentLine(
             value=value,
@@ -54,7 +56,8 @@ def documents_of(
             domain=None if sample.domain is None else one_line(sample.domain, 60),
             loss=digits(sample.loss, 4),
             n_tokens=sample.n_tokens,
-            excerpt=excerpts.of(sample.sample_id, most),
+            excerpt=excerpts.of(sample.sample_id, most) if shading is None else None,
+            shading=None if shading is None else shading(sample.sample_id),
         )
         for sample, value in zip(store.samples(ids), values, strict=True)
     ]

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from gradproj.formatting import clean
 from gradproj.report.svg import Drawing
+from gradproj.report.token_shading import Shaded, Shading
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class DocumentLine:
     n_tokens: int
     excerpt: str | None
     """None if its text cannot be read."""
+    shading: Shading | None = None
+    """Shown in place of the excerpt, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class QueryAnswer:
     """Power of ten that the scores are in units of; empty for 1."""
     pairs: list[tuple[DocumentLine, DocumentLine]]
     """``(highest, lowest)`` of each rank."""
+    shaded: list[Shaded] = field(default_factory=list)
+    """The excerpt by token, shown in its place; empty if no score was split."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@ An address names a place and nothing else. Credentials in it are refused, and no
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from posixpath import normpath
 from urllib.parse import quote, unquote
 
 from gradproj.errors import ConfigError
-
-SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _REMOTE = re.compile(r"(hf(?=://)|s3|gs|az|https?):/{1,2}", re.IGNORECASE)
@@ -40,10 +38,12 @@ class Address:
     """Bucket or container; for ``https`` host and port; ``datasets/ORG/NAME@REVISION``."""
     key: str = ""
     """Without a slash at either end; of an ``https`` address without percent escapes."""
+    anonymous: bool = field(default=False, compare=False)
+    """Read without credentials."""
 
     @classmethod
-    def parse(cls, text: str) -> "Address":
-        """Return the address that ``text`` is.
+    def parse(cls, text: str, anonymous: bool = False) -> "Address":
+        """Return the address that ``text`` is, to be read without credentials if ``anonymous``.
 
         Raises:
             ConfigError: it has credentials, a query, no bucket, or is no address. The message does
@@ -73,7 +73,7 @@ class Address:
             raise ConfigError(f"{scheme}:// names no bucket; give {scheme}://BUCKET/KEY")
         if scheme.startswith("http"):
             key = unquote(key)
-        return cls(scheme, bucket, _clean(key, scheme))
+        return cls(scheme, bucket, _clean(key, scheme), anonymous)
 
     def __str__(self) -> str:
         key = (
@@ -104,6 +104,10 @@ class Address:
         """The bucket alone."""
         return replace(self, key="")
 
+    def of_bucket(self, key: str) -> "Address":
+        """Return the address of another key of the same bucket."""
+        return replace(self, key=key)
+
     def with_name(self, name: str) -> "Address":
         """Return the address with another name in the same folder."""
         return self.parent / name
@@ -125,9 +129,9 @@ Location = Path | Address
 """Where a file or an object lies."""
 
 
-def parse_location(text: str) -> Location:
+def parse_location(text: str, anonymous: bool = False) -> Location:
     """Return the address or the local path that ``text`` is."""
-    return Address.parse(text) if is_remote(text) else Path(text)
+    return Address.parse(text, anonymous) if is_remote(text) else Path(text)
 
 
 def _clean(key: str, scheme: str) -> str:

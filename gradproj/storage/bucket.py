@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from gradproj.errors import ConfigError
+from gradproj.storage import hub
 from gradproj.storage.address import Address
 from gradproj.storage.failures import explained
 from gradproj.storage.retry import POLICY, RetryPolicy
@@ -31,18 +32,20 @@ def library(name: str, what: str = "a remote address") -> Any:
 
 
 def open_bucket(
-    address: Address, *, anonymous: bool = False, policy: RetryPolicy = POLICY
+    address: Address, *, anonymous: bool | None = None, policy: RetryPolicy = POLICY
 ) -> tuple[Any, str]:
     """Return the obstore store of an address's bucket, and the address's key in it.
 
-    Stores are kept: later calls share the connections. ``anonymous`` sends no credentials.
+    Stores are kept: later calls share the connections. ``anonymous`` sends no credentials; by
+    default it is the address's own.
 
     Raises:
         ConfigError: obstore is not installed, there are no credentials, or a setting is unusable.
     """
     library("obstore")
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(_SETTINGS)))
-    return _open(address.origin, anonymous, policy, settings), address.key
+    without = address.anonymous if anonymous is None else anonymous
+    return _open(address.origin, without, policy, settings), address.key
 
 
 @lru_cache(maxsize=64)
@@ -61,8 +64,7 @@ def _open(
         if origin.scheme == "az":
             _check_azure(origin)
             return stores.AzureStore(origin.bucket, skip_signature=anonymous or None, **options)
-        options["client_options"]["allow_http"] = origin.scheme == "http"
-        return stores.HTTPStore.from_url(str(origin), **options)
+        return _web(stores, origin, anonymous, options)
 
 
 def _s3(stores: Any, origin: Address, anonymous: bool, options: dict[str, Any]) -> Any:
@@ -76,6 +78,16 @@ def _s3(stores: Any, origin: Address, anonymous: bool, options: dict[str, Any]) 
         if credentials.region:
             options["region"] = credentials.region
     return stores.S3Store(origin.bucket, **options)
+
+
+def _web(stores: Any, origin: Address, anonymous: bool, options: dict[str, Any]) -> Any:
+    url, client = str(origin), options["client_options"]
+    if origin.scheme == "hf":
+        url, token = hub.base_of(origin), "" if anonymous else hub.token()
+        if token:  # the client does not pass it on to the server that a redirect names
+            client["default_headers"] = {"Authorization": f"Bearer {token}"}
+    client["allow_http"] = url.startswith("http://")
+    return stores.HTTPStore.from_url(url, **options)
 
 
 def _check_azure(origin: Address) -> None:

@@ -68,7 +68,7 @@ _WORDS: dict[Reason, str] = {
 
 def reason_of(error: BaseException) -> Reason:
     """Return what an error of obstore means; "other" for errors of other libraries too."""
-    if not _is_of_obstore(error):
+    if not is_of_obstore(error):
         return "other"
     text = str(error)
     status, code = _status(text), _code(text)
@@ -85,6 +85,8 @@ def reason_of(error: BaseException) -> Reason:
         return "unavailable" if status >= 500 else _OF_STATUS.get(status, "other")
     if "redirect without LOCATION" in text:
         return "region"
+    if "Range request not supported" in text:
+        return "unsupported"
     return "unavailable" if any(words in text for words in _PASSING) else "other"
 
 
@@ -107,13 +109,13 @@ def explained(place: Address | str, kind: type[GradprojError] = StoreError) -> I
     except GradprojError:
         raise
     except Exception as error:
-        if not _is_of_obstore(error):
+        if not is_of_obstore(error):
             raise
         # Not `from error`: its text may hold what was sent.
         raise kind(explain(error, place)) from None
 
 
-def _is_of_obstore(error: BaseException) -> bool:
+def is_of_obstore(error: BaseException) -> bool:
     """Return True for errors that obstore raises; a missing object is a ``FileNotFoundError``."""
     if type(error).__module__.startswith("obstore"):
         return True

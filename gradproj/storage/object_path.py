@@ -8,6 +8,7 @@ A bucket has no folders, only keys: a folder exists as long as a key begins with
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import total_ordering
 from pathlib import Path, PurePosixPath
@@ -37,13 +38,12 @@ def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Pat
     text = str(place)
     if not is_remote(text):
         return Path(place)
-    address = Address.parse(text)
+    address = Address.parse(text, anonymous)
     if address.scheme not in WRITABLE:
         raise ConfigError(
             f"{address}: outputs lie on disk or in a bucket ({'://, '.join(WRITABLE)}://)"
         )
-    store, _ = open_bucket(address, anonymous=anonymous)
-    return cast(Path, ObjectPath(store, address, anonymous))
+    return cast(Path, ObjectPath(open_bucket(address)[0], address))
 
 
 def in_bucket(path: Path) -> bool:
@@ -105,7 +105,7 @@ class ObjectPath(StoredObject):
     __slots__ = ()
 
     def _at(self, address: Address) -> "ObjectPath":
-        return ObjectPath(self.store, address, self.anonymous)
+        return ObjectPath(self.store, address)
 
     # --- names ---
 
@@ -191,7 +191,7 @@ class ObjectPath(StoredObject):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The address alone: another process finds credentials where its own SDK looks.
-        return _reopen, (str(self), self.anonymous)
+        return _reopen, (str(self), self.address.anonymous)
 
     # --- what is there ---
 
@@ -221,8 +221,7 @@ class ObjectPath(StoredObject):
 
     def walk_files(self) -> "list[ObjectPath]":
         """Return all objects below this key, in no order."""
-        scheme, bucket = self.address.scheme, self.address.bucket
-        return [self._at(Address(scheme, bucket, key)) for key in self.keys_below()]
+        return [self._at(replace(self.address, key=key)) for key in self.keys_below()]
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """Yield what lies in this folder, sorted; nothing if it does not exist."""

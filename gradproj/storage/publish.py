@@ -75,6 +75,13 @@ class Publisher(ABC):
     def replace_tree(self, folder: Path, files: Mapping[str, bytes]) -> None:
         """Publish a folder, replacing what is there; a reader may find none for an instant."""
 
+    @abstractmethod
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        """Replace a file so that no earlier holder of this right can replace it any more.
+
+        ``change`` makes content that it never had. On disk fencing does the work.
+        """
+
     def guarded(self, check: Callable[[], None]) -> "Publisher":
         """Return a publisher for files that one process at a time may replace.
 
@@ -101,6 +108,9 @@ class FilePublisher(Publisher):
 
     def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         self.replace(final, [change(final.read_bytes())])
+
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        pass
 
     def create_tree(self, folder: Path, files: Mapping[str, bytes], last: str) -> bool:
         if os.path.lexists(folder):
@@ -178,6 +188,9 @@ class ObjectPublisher(Publisher):
         path = _object(final)
         data, version = path.read_versioned()
         self._replace_version(path, version, change(data))
+
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        self.update(final, change)
 
     def _replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
         # The version was noted before the check. So whoever takes over after the check finds this

@@ -30,10 +30,10 @@ class StoredObject:
     Errors are a FileNotFoundError for what does not exist, otherwise a ``StoreError`` of one line.
     """
 
-    __slots__ = ("address", "anonymous", "store")
+    __slots__ = ("address", "store")
 
-    def __init__(self, store: Any, address: Address, anonymous: bool = False) -> None:
-        self.store, self.address, self.anonymous = store, address, anonymous
+    def __init__(self, store: Any, address: Address) -> None:
+        self.store, self.address = store, address
 
     @property
     def key(self) -> str:

@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gradproj.corpus.content import TokenIds
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
+from gradproj.corpus.tar.places import are_in_place
 from gradproj.errors import CorpusError, StoreError
+from gradproj.storage.cache import cache_of
 from gradproj.store.layout import RUN_CONFIG_NAME, STORE_NAME
 from gradproj.store.metadata import read_attributes
 
@@ -20,7 +23,16 @@ has it not: it read texts and token ids alone, and is continued so."""
 def output_index(output: Path) -> CorpusIndex:
     """Return an output's own index, which reads documents as the output's job does."""
     forms = DOCUMENT_FORMS in read_attributes(output / STORE_NAME)
-    return replace(load_index(output / INDEX_NAME), texts_only=not forms)
+    try:
+        recorded = _run_config(output)
+    except (OSError, ValueError):  # a store's other parts can be read without
+        recorded = {}
+    cache = cache_of(recorded.get("cache_dir", ""), recorded.get("cache_gb", 0))
+    return replace(load_index(output / INDEX_NAME), texts_only=not forms, cache=cache)
+
+
+def _run_config(output: Path) -> dict[str, Any]:
+    return json.loads((output / RUN_CONFIG_NAME).read_text())
 
 
 class RecordedTexts:
@@ -47,7 +59,7 @@ class RecordedTexts:
 
     def _find_index(self) -> CorpusIndex:
         try:
-            config = json.loads((self._output / RUN_CONFIG_NAME).read_text())
+            config = _run_config(self._output)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{self._output} does not record where its documents are ({error}). Open the store "
@@ -55,10 +67,11 @@ class RecordedTexts:
             ) from error
         index = output_index(self._output)
         # The index has absolute paths; --shards may be relative to another working directory.
-        if all(tar.path.is_file() for tar in index.tars):
+        if are_in_place(index.tars):
             return index
         try:
-            return index.relocated(list_tars(config["shards"]))
+            shards, anonymous = config["shards"], config.get("anonymous", False)
+            return index.relocated(list_tars(shards, anonymous=anonymous))
         except CorpusError as error:
             raise CorpusError(
                 f"the texts' tars are not where the job read them: {error}"

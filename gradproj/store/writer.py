@@ -270,16 +270,41 @@ def write_column_block(
 
 
 def update_attributes(
-    store_path: Path, changes: Mapping[str, Any], publisher: Publisher | None = None
+    store_path: Path,
+    changes: Mapping[str, Any],
+    publisher: Publisher | None = None,
+    ends_merge: bool = False,
 ) -> None:
     """Set attributes of the group and keep the others; the file is replaced atomically.
 
-    Only one process may do so at a time. Values are JSON without NaN (ValueError).
+    Only one process may do so at a time. Values are JSON without NaN (ValueError). ``ends_merge``:
+    the mark of ``mark_merger`` goes.
     """
 
     def changed(content: bytes) -> bytes:
         metadata = json.loads(content)
         metadata["attributes"] = metadata.get("attributes", {}) | dict(changes)
+        if ends_merge:
+            metadata["attributes"] = without_merger(metadata["attributes"])
         return json.dumps(metadata, indent=2, allow_nan=False).encode()
 
     (publisher or publisher_of(store_path)).update(store_path / GROUP_NAME, changed)
+
+
+_MERGER = "merger"
+
+
+def mark_merger(store_path: Path, name: str, publisher: Publisher) -> None:
+    """Take the group's attributes over from an earlier merger, in a bucket."""
+
+    def marked(content: bytes) -> bytes:
+        metadata = json.loads(content)
+        metadata["attributes"] = {**metadata.get("attributes", {}), _MERGER: name}
+        return json.dumps(metadata, indent=2, allow_nan=False).encode()
+
+    publisher.take(store_path / GROUP_NAME, marked)
+
+
+def without_merger(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes without the mark of a merge that runs, or ended before its time."""
+    return {name: value for name, value in attributes.items() if name != _MERGER}

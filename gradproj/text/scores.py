@@ -206,8 +206,8 @@ class TextScan:
                     parts = pool.map(scorer.scores, documents.pieces(n_threads))
                     scores = np.concatenate(list(parts), axis=1).astype(np.float32)
                     scores[:, ~ok[row : row + most]] = np.nan
+                    bar.update(scores.shape[1])
                     yield first + row, scores
-                bar.update(n)
 
     def rank(
         self, queries: Sequence[QueryText], n_top: int, n_bottom: int = 0

@@ -151,7 +151,10 @@ class TrainConfig(EngineConfig, title="training"):
     )
     eval_interval: int = flag("Steps between two evaluations; 0 = at the end only.", 0, minimum=0)
     val_shards: str = flag(
-        "Tars to evaluate on; GradDotProd compares with their first batch.", "", path="TARS"
+        "Tars to evaluate on; GradDotProd compares with their first batch.",
+        "",
+        path="TARS",
+        remote=True,
     )
     val_batch_size: int = flag("Sequences in a validation batch.", 2, minimum=1)
     val_batches: int = flag(

@@ -92,7 +92,9 @@ SIZES = {
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
-    "blt.*": {"encoder_hash_byte_group_vocab": 100, "vocab_size": VOCABULARY},
+    "blt.*": {
+        "encoder_hash_byte_group_vocab": 100, "vocab_size": VOCABULARY, "hidden_size_global": 32,
+    },
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
@@ -106,10 +108,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "emu3": {"vocabulary_map": {"<image>": 9}},
+    "emu3_vqgan": {"attn_resolutions": (), "base_channels": 32, "num_attention_heads": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8},
+    "gemma": {"num_key_value_heads": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4(_unified)?_text": {"global_head_dim": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
+    "glm4v_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    },
+    "glm4v_vision": {"out_hidden_size": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_(dense|moe)|ministral": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
@@ -119,6 +128,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "olmoe?": {"clip_qkv": 1.0},
     "phi4_multimodal_audio": {"nemo_conv_channels": 16},
+    "qwen2(_5)?_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    },
     "qwen4_exp(_text)?": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
         "indexer_budget": 8, "indexer_compress_ratio": 2,
@@ -226,7 +238,9 @@ def examine(family: str, folder: Path) -> Result:
         save_model(family, folder / "model")
         gradients = expected_gradients(folder / "model", documents)
     except Exception as error:
-        return Result("not built", last_line(error))
+        # Without a gradient to compare with, refusing the model is all the job can do.
+        message = refusal(folder)
+        return Result("refused", message) if message else Result("not built", last_line(error))
     result = compare(folder, documents, gradients, "")
     if result.outcome != "refused":
         return result
@@ -246,6 +260,16 @@ def examine(family: str, folder: Path) -> Result:
             return Result("refused", f"{note}. By default: {result.note}", second.error)
         return Result("wrong", f"{note}: {second.note}", second.error)
     return result
+
+
+def refusal(folder: Path) -> str:
+    """Return the job's message on a saved config's model; empty if it has no objection."""
+    if not (folder / "model").exists():
+        return ""
+    try:
+        return run_job(folder, folder / "refused", 1, "", init="random")
+    except BaseException:
+        return ""
 
 
 def advice(message: str, proj_layers: str) -> str:
@@ -308,11 +332,14 @@ def save_model(family: str, folder: Path) -> None:
         n_parameters = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
         if n_parameters > MAX_PARAMETERS:
             raise ValueError(f"{n_parameters:,} parameters are not tiny")
+    save_tokenizer(folder)
+    config.save_pretrained(folder)
     torch.manual_seed(0)
     model = auto_class(config).from_config(config)
+    if type(model.config) not in auto_class(model.config)._model_mapping:  # of its text alone
+        model = AutoModelForMultimodalLM.from_config(config)
     randomize(model)
     model.save_pretrained(folder)
-    save_tokenizer(folder)
 
 
 def auto_class(config: Any) -> Any:
@@ -395,7 +422,7 @@ def make_documents(folder: Path) -> list[Tensor]:
     return [torch.from_numpy(ids) for ids in documents]
 
 
-def run_job(folder: Path, output: Path, batch_size: int, proj_layers: str) -> str:
+def run_job(folder: Path, output: Path, batch_size: int, proj_layers: str, init: str = "") -> str:
     """Run the job in this process; return its error message, which is empty if it succeeded."""
     from gradproj.run import main as run
 
@@ -412,6 +439,7 @@ def run_job(folder: Path, output: Path, batch_size: int, proj_layers: str) -> st
         "proj_rank_total": 64,
         "threads": 1,
         **({"proj_layers": proj_layers} if proj_layers else {}),
+        **({"init": init} if init else {}),
     }
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):

@@ -243,7 +243,7 @@ def test_too_many_queries_are_rejected_before_projection(job, output, tmp_path, 
     with ProjectionStore(output) as store:
         monkeypatch.setattr(projector, "MAX_ROWS_BYTES", 4 * store.dim * 2)
         monkeypatch.setattr(ProjectionStore, "rows", None)
-        monkeypatch.setattr("gradproj.cli.query.asked.QueryProjector", None)
+        monkeypatch.setattr("gradproj.cli.query.session.QueryProjector", None)
         size = (
             f"whose rows of {store.dim:,} values take {human_bytes(4 * store.dim * 3)} of memory; "
         )

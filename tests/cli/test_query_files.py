@@ -88,7 +88,7 @@ def test_file_is_written_in_small_chunks_and_query_parts(job, queries, tmp_path,
 def test_unusable_path_is_rejected_before_anything_is_computed(
     job, queries, tmp_path, ask, monkeypatch
 ):
-    monkeypatch.setattr("gradproj.cli.query.asked.QueryProjector", None)
+    monkeypatch.setattr("gradproj.cli.query.session.QueryProjector", None)
     (tmp_path / "there.npy").write_text("precious")
     flags = (job.output, "--queries", queries, "--save_scores")
     assert "there.npy exists: remove it, or give another name" in ask.mistake(

@@ -15,6 +15,7 @@ from gradproj.corpus import documents, stream
 from gradproj.corpus.content import Text, TokenIds
 from gradproj.corpus.index import build_index, check_unchanged
 from gradproj.corpus.stream import ReadLimits, read_documents, read_members
+from gradproj.corpus.tar import places
 from gradproj.errors import ConfigError, CorpusError
 
 
@@ -363,7 +364,7 @@ def test_tar_truncated_while_it_is_read_is_an_error(where, tmp_path, monkeypatch
     members = [(f"{i:06d}.json", document("x" * 300)) for i in range(200)]  # 1,024 bytes each
     index = index_of(write_tar(tmp_path / "a.tar", members))
     os.truncate(index.tars[0].path, where)
-    monkeypatch.setattr(stream, "check_unchanged", lambda tar: None)
+    monkeypatch.setattr(places, "check_unchanged", lambda tar: None)
     with pytest.raises(
         CorpusError, match=r"a\.tar: changed or damaged since it was indexed, in samples 64 to 127"
     ):

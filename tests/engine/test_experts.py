@@ -1,6 +1,7 @@
 """Fused experts and routers: rows are those of every sample's own gradient."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -72,6 +73,19 @@ def test_experts_that_compute_something_else_are_refused_by_name(mixture, monkey
     with pytest.raises(ModelError, match=r"another way .* adding -"):
         engine_of(mixture).attach()
     assert "forward" not in vars(experts)
+
+
+def test_forward_of_a_module_s_own_is_back_after_the_last_engine(mixture):
+    experts = mixture.model.layers[1].mlp.experts
+    experts.forward = own = functools.partial(type(experts).forward, experts)  # as of an offloader
+    try:
+        with engine_of(mixture):
+            with engine_of(mixture, experts="separate"):
+                pass
+            assert experts.forward is not own
+        assert experts.forward is own
+    finally:
+        del experts.forward
 
 
 # --- curvature ---

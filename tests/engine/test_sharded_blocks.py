@@ -7,10 +7,12 @@ import torch
 from helpers.models import make_model, ragged_batch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from gradproj import GradProjLoraEngine, per_sample_loss
+from gradproj.distributed.model_group import ModelGroup
 from gradproj.engine.sharded_blocks import ShardedBlocks, copied, load_in_blocks
-from gradproj.errors import ModelError
+from gradproj.errors import Ended, ModelError
 from gradproj.model.block_shards import BlockShards, blocks_of, placed_bytes
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
@@ -35,7 +37,10 @@ def rows_of(model, **settings):
         return engine.collect_batch()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama_tied", "gemma2", "zamba", "cohere", "falcon"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "llama_tied", "gemma2", "zamba", "cohere", "falcon", "gpt_oss", "mamba2"],
+)
 def test_rows_have_the_bits_of_the_whole_model(tmp_path, family):
     files = files_of(tmp_path, family)
     whole, (fetched, blocks) = load_model(files, CPU), load_in_blocks(files, CPU, None)
@@ -107,8 +112,49 @@ def test_a_failed_pass_is_not_followed_by_another_of_several_ranks(tmp_path, tog
     if not together:
         assert torch.equal(model(IDS).logits, want)
         return
-    with pytest.raises(ModelError, match="failed in the checks at the start"):
+    with pytest.raises(ModelError, match="too little memory in the checks at the start"):
         model(IDS)
+
+
+def test_a_rank_that_is_lost_in_a_check_is_not_taken_for_its_answer(tmp_path, monkeypatch, capsys):
+    model, blocks = load_in_blocks(files_of(tmp_path, "llama"), CPU, None)
+    group = object.__new__(ModelGroup)
+    group.rank, group.size, group.first, group.data = 0, 1, 0, None
+    blocks._fetch = group.gather
+
+    def lose(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:29500")
+
+    monkeypatch.setattr(torch.distributed, "broadcast", lose)
+    with pytest.raises(Ended):
+        GradProjLoraEngine(model, freeze_weights=True).attach()
+    assert "another rank that shares a model with rank 0 has ended" in capsys.readouterr().err
+
+
+def test_outputs_of_blocks_may_be_views_that_are_changed_in_place(tmp_path, monkeypatch):
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda *args, **kwargs: forward(*args, **kwargs)[..., :]
+    )
+    files = files_of(tmp_path, "llama")
+    models = load_model(files, CPU), load_in_blocks(files, CPU, None)[0]
+    for model in models:
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda module, args, output: output.mul_(0.5))
+    want, got = map(rows_of, models)
+    assert torch.equal(got, want)
+
+
+def test_blocks_that_run_in_parts_are_refused_by_name(tmp_path, monkeypatch):
+    forward = LlamaModel.forward
+
+    def changed(model, *args, **kwargs):
+        model.layers[0].self_attn.q_proj(torch.ones(1, 1, 32))
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", changed)
+    with pytest.raises(ModelError, match=r"model\.layers\.0 runs in parts \(Linear\)"):
+        load_in_blocks(files_of(tmp_path, "llama"), CPU, None)
 
 
 def test_passes_that_run_other_blocks_are_refused(tmp_path):

@@ -1,9 +1,10 @@
 """A small HTTP server of files in memory, with and without ranges, that fails on request."""
 
+import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import md5
@@ -35,8 +36,8 @@ class HttpFiles:
     pause after n bytes."""
     redirects: dict[str, str] = field(default_factory=dict)
     """Path to the address that a 302 names."""
-    headers: dict[str, str] = field(default_factory=dict)
-    """Added to every answer."""
+    answers: dict[str, Callable[[bytes], object]] = field(default_factory=dict)
+    """Path to a function from a request's body to an answer, sent as JSON; None is a 404."""
     requests: list[Request] = field(default_factory=list)
 
     def etag(self, path: str) -> str:
@@ -56,10 +57,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(with_body=True, sent=body)
+
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
-    def _answer(self, *, with_body: bool) -> None:
+    def _answer(self, *, with_body: bool, sent: bytes = b"") -> None:
         site = self.server.site
         path = unquote(urlsplit(self.path).path)
         site.requests.append(Request(self.command, self.path, dict(self.headers)))
@@ -68,6 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(fault, b"out of order")
         if fault and isinstance(fault[0], int):
             return self._send(*fault)
+        if path in site.answers:
+            answer = site.answers[path](sent)
+            if answer is None:
+                return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return self._send(200, json.dumps(answer).encode())
         if path in site.redirects:
             return self._send(302, b"", {"Location": site.redirects[path]})
         if path not in site.files:
@@ -91,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status, content, headers=None, fault=None, with_body=True) -> None:
         self.send_response(status)
-        for name, value in {**self.server.site.headers, **(headers or {})}.items():
+        for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -63,6 +63,7 @@ OTHER_VALUES = {
     "--loss_on": "all", "--truncate_side": "left", "--preference_beta": 0.5,
     "--chat_template": __file__,
     "--quantize": "nf4", "--dequantize": None,
+    "--anonymous": None, "--cache_dir": "cache", "--cache_gb": 2.0,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The pilot: which documents it takes, what it measures, and the rows in its basis."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from gradproj import ProjectionStore
 from gradproj.coordinator.process_id import Owner
+from gradproj.distributed import Process, process
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
+from gradproj.errors import ConfigError, CorpusError, ModelError, ReportedError, StoreError
 from gradproj.job import pilot
 from gradproj.job.config import run_config
 from gradproj.job.pilot import pilot_sequences
 from gradproj.job.plan import make_plan
-from gradproj.job.startup import make_output
+from gradproj.job.startup import make_output, start_job
 from gradproj.job.unit_reader import UnitReader
 from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.query.query_store import check_comparable
@@ -264,3 +266,20 @@ def test_store_with_another_s_basis_resumes_without_it(inputs, jobs, tmp_path):
     assert plan_of(settings, tmp_path / "out").identity == plan.identity
     with pytest.raises(StoreError, match="first"):
         plan_of(settings, tmp_path / "new")
+
+
+def test_error_of_a_group_s_member_in_the_pilot_is_reported_and_ends_it(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(process, "LET_RANK_0_SPEAK_S", 0)
+
+    def load(files):
+        raise ModelError("no memory to check the model")
+
+    lockstep = SimpleNamespace(load=load, group=SimpleNamespace(number=0))
+    plan = plan_of(inputs, tmp_path / "out")
+    answers = iter([plan])  # rank 0 waits for the pilot and says nothing more
+    ranks = SimpleNamespace(from_rank_0=lambda *_: next(answers))
+    with pytest.raises(ReportedError):
+        start_job(plan.config, Process(1, 2, 1, 2), ranks, lockstep=lockstep)
+    assert "rank 1: no memory to check the model" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
         Query.of(str(cut), prompt=TEXT[:cut], completion=TEXT[cut:]) for cut in range(1, len(TEXT))
     ]
     want = projectors[0].rows(whole).n_tokens
-    documents = projectors[0]._tokenizer._documents
+    documents = projectors[0].tokenizer._documents
     fast = documents._tokenizer
 
     class Slow:
@@ -134,7 +134,7 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
 def test_final_special_tokens_are_targets_of_a_completion(projectors):
     (whole,) = projectors[1].rows([Query.of("q", text=TEXT)]).n_tokens
     last = projectors[1].rows([Query.of("q", prompt=TEXT[:-1], completion=TEXT[-1:])])
-    ids = projectors[1]._tokenizer._tokenizer(TEXT).input_ids
+    ids = projectors[1].tokenizer._tokenizer(TEXT).input_ids
     assert whole == len(ids) + 1  # <s> is no target, </s> is
     assert last.n_tokens.tolist() == [2]
 

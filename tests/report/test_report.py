@@ -22,7 +22,11 @@ from gradproj.__main__ import main
 from gradproj.analysis import self_influence, top_and_bottom
 from gradproj.formatting import one_line
 from gradproj.job.recorded import recorded_config
+from gradproj.model.token_texts import TokenText
 from gradproj.query import QueryProjector, read_queries
+from gradproj.query.token_scores import TokenScore, TokenScores
+from gradproj.report.number_format import exponent_of, minus, places_for, scaled
+from gradproj.report.token_shading import shading_of
 from gradproj.store import STATUS
 from gradproj.store.writer import update_attributes
 
@@ -64,7 +68,7 @@ def test_page_is_balanced_has_a_heading_for_each_link_and_loads_nothing(job, par
         a["content"] for _, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy.startswith("default-src 'none'")
-    assert job.page.stat().st_size < 500_000  # the megabyte of one line is not in it
+    assert job.page.stat().st_size < 990_000  # the megabyte of one line is not in it
 
 
 def test_hostile_texts_keys_domains_and_queries_stay_text(parsed):
@@ -160,6 +164,63 @@ def test_each_query_shows_its_top_and_bottom_documents_side_by_side_with_the_mea
     assert f"{n_found} different documents, of at most {top.n_scored};" in parsed.text
     assert "Score kfac : influence with the curvature" in parsed.text
     assert "Positive: training more on the document lowers the query's loss" in parsed.text
+
+
+def test_scores_are_shaded_by_token_and_layer_with_the_numbers_of_the_query_command(
+    job, tmp_path, capsys
+):
+    words = ["--queries", job.queries, "--score", "dot", "--top_k", 3]
+    main(["query", str(job.output), *map(str, words), "--tokens", "--format", "jsonl"])
+    hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    best = next(hit for hit in hits if hit["end"] == "top")
+    report(capsys, job.output, *words, "--page", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = StrictPage(text)
+    largest = max(abs(hit["score"]) for hit in hits if hit["query"] == best["query"])
+    exponent = exponent_of([largest])
+    places = places_for([largest], exponent) + 1
+
+    def number(value):
+        return minus(scaled(value, exponent, places))
+
+    row = text.split('<table class="documents pairs">')[1].split("<tr>")[2]
+    row = row.split('<td class="n">')[2]  # the highest document, without the lowest
+    marks = dict.fromkeys(re.findall(r'<mark class="(\w\d)" title="([^"]*)">', row))
+    strongest = max(best["tokens"], key=lambda token: abs(token["part"]))["part"]
+    assert (f"{'p' if strongest > 0 else 'n'}6", number(strongest)) in marks
+    numbers = {number(token["part"]) for token in best["tokens"]}
+    assert {value for _, value in marks} <= numbers
+    titles = re.findall(r'<span(?: class="\w\d")? title="([^"]*)"></span>', row)
+    assert titles == [f"{name}: {number(value)}" for name, value in best["layers"].items()]
+    assert f"recomputed {number(best['recomputed_score'])}" in row
+    assert len([a for tag, a in page.tags if a.get("class") == "strip"]) == 12
+    report(capsys, job.output, *words, "--page", tmp_path / "plain.html", "--no-tokens")
+    plain = (tmp_path / "plain.html").read_text(encoding="utf-8")
+    assert "<mark" not in plain
+    assert ids_in_order(StrictPage(plain), "highest lower") == ids_in_order(page, "highest lower")
+
+
+def test_excerpt_is_the_part_of_a_text_with_the_largest_parts():
+    tokens = [TokenText(f"{n:04d} ", str(n), 5 * n, 5 * n + 5) for n in range(1000)]
+    parts = np.full(1000, 0.01)
+    parts[700:720] = 1, *([-0.5] * 19)
+    found = TokenScore(parts.sum(), parts, np.arange(60.0), 2.0)
+    scores = TokenScores(
+        [f"m.h.{n // 6}.l{n}" for n in range(60)], True, {3: tokens}, [], {(0, 3): found}
+    )
+    shading = shading_of(scores, 0, 3, 0, 1.0)
+    text = "".join(piece.text for piece in shading.pieces)
+    assert text.startswith(" … ")
+    assert text.endswith(" … ")
+    assert "0700 0701" in text
+    assert "0719" in text
+    assert len(text) < 250
+    shades = {piece.text: (piece.shade, piece.value) for piece in shading.pieces}
+    assert shades["0700 "] == ("p6", "+1.0000")
+    assert shades["0701 "] == ("n3", "−0.5000")
+    blocks = [f"m.h.{n} (6 layers)" for n in range(10)]
+    assert [cell.text for cell in shading.layers] == [*blocks, "head rows"]
+    assert shading.layers[9].value == f"+{sum(range(54, 60))}.0000"
 
 
 def test_domains_are_listed_with_their_counts_and_losses(job, parsed):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gradproj.analysis.ranking import Ranking
-from gradproj.cli.query.asked import Subjects
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.rescore import FirstStage
+from gradproj.cli.query.subjects import Subjects
 from gradproj.cli.query.summary import Summary
+from gradproj.query.token_scores import TokenScores
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 
@@ -51,6 +52,8 @@ class Answer:
     """Passages that each ranked document shares with the query; None if it was not asked for."""
     grouped: Grouped | None = None
     """Set with ``--by``."""
+    tokens: TokenScores | None = None
+    """Set with ``--tokens``, on rank 0."""
 
     @property
     def dampings(self) -> list[float | str | None]:

@@ -8,12 +8,14 @@ import numpy as np
 
 from gradproj.analysis import QuerySets
 from gradproj.cli.query.config import QueryConfig
+from gradproj.cli.query.session import Question, Texts
+from gradproj.cli.query.subjects import Subjects
 from gradproj.corpus.content import Preference
 from gradproj.errors import ConfigError
-from gradproj.job.recorded import config_from, recorded_tokenizer
+from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.sequences import TokenSequence, targets_by_owner
-from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
+from gradproj.query import Query, QueryRows, check_rows_fit, read_queries
 from gradproj.query.hidden import HIDDEN
 from gradproj.query.projector import query_head_bytes
 from gradproj.query.query_store import rows_of_query_store
@@ -25,21 +27,6 @@ from gradproj.text.token_files import make_token_files
 
 ALL = "all queries"
 """Name of the only set."""
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """Subjects of the lists of an answer: queries, or sets of them."""
-
-    names: list[str]
-    n_tokens: np.ndarray
-    """``(G,)``: target tokens."""
-    loss: np.ndarray
-    """``(G,)``: mean nats per target token."""
-    excerpts: list[str]
-    """One line each; empty for a set of several queries."""
-    n_queries: np.ndarray | None = None
-    """``(G,)``: queries of each set; None for single queries."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +56,6 @@ class Asked:
         return Subjects(sets.names, n_tokens, np.array(nats) / n_tokens, excerpts, sets.sizes)
 
 
-Texts = tuple[list[Query], QuerySets | None]
-"""Queries, those of the control set last, and the sets that they form."""
-
-
 def read_texts(config: QueryConfig) -> Texts:
     """Read the queries that are texts; ``ConfigError`` as ``read_queries``."""
     if config.text:
@@ -86,35 +69,29 @@ def read_texts(config: QueryConfig) -> Texts:
     return queries, _sets(config, groups, names, len(control), weights)
 
 
-def ask(
-    config: QueryConfig,
-    store: ProjectionStore,
-    note: Callable[[str], None],
-    texts: Texts | None = None,
-) -> Asked:
+def ask(question: Question) -> Asked:
     """Read the queries, and project them unless text alone is asked for.
-
-    ``texts`` are the queries if they were read already, since a pipe is read only once.
 
     Raises:
         ConfigError: a query that cannot be answered, or too many of them.
         ModelError: the model or the tokenizer differs from the store's.
     """
+    config, store, session = question.config, question.store, question.session
     if config.query_store:
         with ProjectionStore(config.query_store) as other:
             rows = rows_of_query_store(other, store)
-            rows = _with_tokens(rows, config, other, note) if config.uses_text else rows
+            rows = _with_tokens(rows, config, other, question.note) if config.uses_text else rows
         return Asked(rows, _sets(config, [""] * len(rows.names), rows.names, 0))
-    queries, sets = texts or read_texts(config)
+    queries, sets = question.texts or read_texts(config)
     if config.score in (TEXT, HIDDEN, *WITH_TEXT):
         _check_signs(config.score, queries)
     if config.score == TEXT:
-        return Asked(_tokenized(config, store, queries), sets)
+        return Asked(_tokenized(question, queries), sets)
     given = [f"--{x} {getattr(config, x)}" for x in ("queries", "contrast") if getattr(config, x)]
     source, head_bytes = " and ".join(given), query_head_bytes(store)
     check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
-    projector = QueryProjector(store, config_from(config), config.device, config.query_model)
-    return Asked(projector.rows(queries), sets)
+    with session.lock:
+        return Asked(session.projector(config, store).rows(queries), sets)
 
 
 def _check_signs(score: str, queries: Sequence[Query]) -> None:
@@ -146,10 +123,11 @@ def _sets(
     return QuerySets.of_groups(groups, n_control, config.aggregate, config.unit_queries, weights)
 
 
-def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Query]) -> QueryRows:
+def _tokenized(question: Question, queries: Sequence[Query]) -> QueryRows:
     """Return queries with their tokens and without rows or losses; no model is loaded."""
+    config = question.config
     run = config_from(config, loads_weights=False)
-    tokenizer, vocabulary = recorded_tokenizer(store, run)
+    tokenizer, vocabulary = question.session.tokenizer(config, question.store)
     tokenizer = QueryTokenizer(
         tokenizer, vocabulary, run.model.special_tokens, run.rules, run.batch
     )

@@ -1,7 +1,8 @@
 """Rankings by the sum of the scores at several checkpoints, each a store of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,22 +13,15 @@ from gradproj.analysis.score_blocks import scores_at
 from gradproj.cli.query.answer import Columns, listed_ids
 from gradproj.cli.query.asked import read_texts
 from gradproj.cli.query.checkpoints import TABLE, titles_of
-from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.ranked import Gradients, Ranked, collect
+from gradproj.cli.query.session import Question
 from gradproj.cli.score_args import check_has_rows, check_is_job_store
-from gradproj.distributed import Process
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
 
-def rank_by_checkpoints(
-    config: QueryConfig,
-    store: ProjectionStore,
-    process: Process,
-    n_ends: tuple[int, int],
-    note: Callable[[str], None],
-) -> Ranked:
-    """Rank by the weighted sum of gradient scores; ``store`` is the first output's.
+def rank_by_checkpoints(question: Question) -> Ranked:
+    """Rank by the weighted sum of gradient scores; the question's store is the first output's.
 
     A document without a row at one of the checkpoints has no score.
 
@@ -35,7 +29,9 @@ def rank_by_checkpoints(
         ConfigError: stores that do not belong together, or whose default scores differ.
         StoreError: an output without rows, or not of the job.
     """
-    texts = read_texts(config) if process.rank == 0 else None
+    config, store, is_first = question.config, question.store, question.process.rank == 0
+    if question.texts is None and is_first:
+        question = replace(question, texts=read_texts(config))
     with ExitStack() as stack:
         stores = [store, *(stack.enter_context(ProjectionStore(x)) for x in config.others)]
         check_same_documents(stores)
@@ -43,7 +39,7 @@ def rank_by_checkpoints(
             check_is_job_store(other)
             check_has_rows(other)
         of_each = [
-            Gradients.of(config.at(output), one, process, n_ends, note, texts)
+            Gradients.of(question.at(output, one))
             for output, one in zip(config.outputs, stores, strict=True)
         ]
         ours = of_each[0]
@@ -52,9 +48,9 @@ def rank_by_checkpoints(
         damping = config.dampings[0] if ours.kind else None
         rankers, rows = [one.ranker for one in of_each], [one.rows for one in of_each]
         stream = summed(streams_of(rankers, rows, config.dampings[0]), config.rates)
-        rankings, grouped = collect(config, store, stream, n_ends, note, damping)
+        rankings, grouped = collect(question, stream, damping)
         columns = Columns()
-        if config.combine == TABLE and process.rank == 0:
+        if config.combine == TABLE and is_first:
             for title, one in zip(titles_of(config.outputs), of_each, strict=True):
                 columns[f"score at {title}"] = _column(one, config.dampings[0], rankings)
     name = config.score or ours.options["score"]

@@ -10,31 +10,33 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+import numpy as np
 import torch
 
 from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
+from gradproj.analysis.watch import watching
 from gradproj.cli.query.answer import Answer, describe, listed_ids
 from gradproj.cli.query.by_checkpoints import rank_by_checkpoints
 from gradproj.cli.query.by_hidden import rank_by_hidden
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
-from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
+from gradproj.cli.query.ranked import Ranked, rank_by_gradients, rank_by_text
 from gradproj.cli.query.rescore import Source
+from gradproj.cli.query.session import AnswerWatch, Question, Session, Texts
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
 from gradproj.cli.query.text import text_column, text_matches
+from gradproj.cli.query.tokens import check_can_split, split_scores, splitter_of
 from gradproj.cli.score_args import check_has_rows, check_is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
-from gradproj.job.recorded import config_from, recorded_index
+from gradproj.job.recorded import config_from
 from gradproj.query.hidden import HIDDEN
-from gradproj.storage.object_path import path_of
-from gradproj.store import ProjectionStore
+from gradproj.query.token_scores import TokenScores
 from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT
 
@@ -85,10 +87,24 @@ def query(config: QueryConfig, process: Process) -> Answer:
         ConfigError: a flag or a query that cannot be answered.
         CorpusError: ``--show_text``, and the tars are not where the job found them.
     """
+    return answer(config, Session(config.output, process), functools.partial(_note, process))
+
+
+def answer(
+    config: QueryConfig,
+    session: Session,
+    note: Callable[[str], None] = lambda line: None,
+    texts: Texts | None = None,
+    watch: AnswerWatch | None = None,
+) -> Answer:
+    """Answer one of a session's questions, to the session's output; raises as ``query``.
+
+    ``note`` is called with lines for the user, and ``watch`` while the answer is made. ``texts``
+    are the queries, if not those that ``config`` names.
+    """
     if config.save_scores:
         check_scores_path(config.save_scores)
-    note = functools.partial(_note, process)
-    with ProjectionStore(config.output) as store:
+    with session.open_store() as store, watching(watch):
         if not config.query_store:
             check_is_job_store(store)
         counts = check_has_rows(store)
@@ -96,10 +112,12 @@ def query(config: QueryConfig, process: Process) -> Answer:
         n_top = min(max(k, config.rescore), len(store))
         read_text = None
         if config.show_text:
-            read_text = document_texts(config.output, config.shards)
+            read_text = functools.partial(text_of, session.index(config))
+        if config.tokens:
+            check_can_split(config, store)
+        question = Question(config, store, session, (n_top, n_bottom), note, texts, watch)
         rank = _RANKERS.get(config.score, rank_by_gradients)
-        rank = rank_by_checkpoints if config.others else rank
-        ranked = rank(config, store, process, (n_top, n_bottom), note)
+        ranked = (rank_by_checkpoints if config.others else rank)(question)
         rankings, n_scored = ranked.rankings, ranked.n_scored
         if not n_scored and not ranked.options["domains"]:
             raise StoreError(
@@ -111,7 +129,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
             store, ranked.options, ranked.kind, counts, n_scored, ranked.name, config.joint,
             config.contrast, config.query_model, config.sum_of_checkpoints,
         )  # fmt: skip
-        if process.rank:
+        if session.process.rank:
             return Answer(summary, ranked.asked.subjects, rankings, {}, grouped=ranked.grouped)
         first_stage, columns = None, dict(ranked.columns)
         if ranked.second is not None and n_scored:
@@ -122,12 +140,26 @@ def query(config: QueryConfig, process: Process) -> Answer:
             columns["text score"] = text_column(ranked.text, ranked.asked.texts, rankings)
         subjects, matches = ranked.asked.subjects, None
         if config.text_matches and ranked.text:
-            texts = ranked.asked.texts[: len(subjects.names)]  # those of a control set follow
-            matches = text_matches(config, ranked.text, texts, rankings)
+            asked = ranked.asked.texts[: len(subjects.names)]  # those of a control set follow
+            matches = text_matches(question, ranked.text, asked, rankings)
+        tokens = None
+        if config.tokens and ranked.ranker is not None and n_scored:
+            tokens = _split(question, ranked)
         samples = describe(store, listed_ids(rankings, ranked.grouped), read_text)
-        return Answer(
-            summary, subjects, rankings, samples, first_stage, columns, matches, ranked.grouped
-        )
+        found = samples, first_stage, columns, matches, ranked.grouped, tokens
+        return Answer(summary, subjects, rankings, *found)
+
+
+def _split(question: Question, ranked: Ranked) -> TokenScores:
+    config, store, session = question.config, question.store, question.session
+    assert ranked.ranker is not None
+    scan, projector = ranked.ranker.without_scan(config.dampings[0]), None
+    ends = [ranked.rankings[0].top.ids, ranked.rankings[0].bottom.ids]
+    with session.lock:
+        if not config.query_store and not config.makes_sets:
+            projector = session.projector(config, store)
+        splitter = splitter_of(config, store, config.device, projector, config.query_model)
+        return split_scores(splitter, scan, ranked.asked.rows, [np.asarray(ids) for ids in ends])
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:
@@ -156,12 +188,3 @@ def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
 def _note(process: Process, line: str) -> None:
     if process.rank == 0:
         print_note(line)
-
-
-def document_texts(output: str | Path, shards: str) -> Callable[[int], str]:
-    """Return a function from a sample id to its document's text, read from the tars.
-
-    Raises:
-        CorpusError: the tars are not where the job found them, nor at ``shards``, or have changed.
-    """
-    return functools.partial(text_of, recorded_index(path_of(output), shards))

@@ -10,6 +10,7 @@ from gradproj.cli.query.checkpoints import TABLE, CheckpointArgs
 from gradproj.cli.query.groups import GroupArgs
 from gradproj.cli.query.rescore import RescoreArgs
 from gradproj.cli.query.sets import SetArgs
+from gradproj.cli.query.tokens import TokenArgs
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, as_in, flag
@@ -27,7 +28,14 @@ MAX_JOINT_WIDTH = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig(
-    ScoreArgs, SetArgs, GroupArgs, CheckpointArgs, RescoreArgs, RecordedRunArgs, title="query"
+    ScoreArgs,
+    SetArgs,
+    GroupArgs,
+    CheckpointArgs,
+    RescoreArgs,
+    TokenArgs,
+    RecordedRunArgs,
+    title="query",
 ):
     """Queries, the store they are compared with, and the form of the answer."""
 
@@ -160,6 +168,13 @@ class QueryConfig(
             "--text_scores" * self.text_scores,
             "--text_matches" * self.text_matches,
             f"--damping {self.damping}" * (len(self.dampings) > 1),
+        )
+        self.check_tokens(
+            f"--score {self.score}" * (uses_text or self.score == HIDDEN),
+            f"--by {self.by}" * bool(self.by),
+            f"--rescore {self.rescore}" * bool(self.rescore),
+            "all outputs but one" * bool(self.others),
+            "all values of --damping but one" * (len(self.dampings) > 1),
         )
         if self.text_matches and self.aggregate != "none":
             raise ConfigError("--text_matches are those of single queries: leave --aggregate out")

@@ -7,6 +7,8 @@ from typing import Any
 
 from gradproj.cli.query.answer import Answer
 from gradproj.cli.query.groups import Grouped
+from gradproj.cli.query.subjects import Subjects
+from gradproj.cli.query.tokens import token_fields
 from gradproj.formatting import escaped
 from gradproj.store.layer_view import Sample
 
@@ -22,27 +24,14 @@ def json_lines(answer: Answer) -> Iterator[str]:
     queries, first = answer.queries, answer.first_stage
     with_text = any(sample.text is not None for sample in answer.samples.values())
     for ranking in answer.rankings:
-        for number, name in enumerate(queries.names):
+        for number in range(len(queries.names)):
             for end_name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
                 ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
                 for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
                     sample = answer.samples[sample_id]
-                    fields = {
-                        "query": name,
-                        "end": end_name,
-                        "rank": place,
-                        "score": _finite(value),
-                        "id": sample_id,
-                        "key": escaped(sample.key),
-                        "domain": sample.domain,
-                        "loss": _finite(sample.loss),
-                        "n_tokens": sample.n_tokens,
-                        "query_loss": _finite(float(queries.loss[number])),
-                        "query_n_tokens": int(queries.n_tokens[number]),
-                        "damping": ranking.damping,
-                    }
-                    if queries.n_queries is not None:
-                        fields["n_queries"] = int(queries.n_queries[number])
+                    fields = hit_fields(
+                        queries, number, end_name, place, value, sample, ranking.damping
+                    )
                     if answer.summary.query_model:
                         fields["query_model"] = answer.summary.query_model
                     if first is not None:
@@ -54,9 +43,40 @@ def json_lines(answer: Answer) -> Iterator[str]:
                             {"text": match.text, "documents": match.n_documents}
                             for match in answer.matches[number, sample_id]
                         ]
+                    if answer.tokens is not None:
+                        fields |= token_fields(answer.tokens, number, sample_id)
                     if with_text:
                         fields["text"] = sample.text
                     yield json.dumps(fields, allow_nan=False)
+
+
+def hit_fields(
+    queries: Subjects,
+    number: int,
+    end: str,
+    rank: int,
+    score: float,
+    sample: Sample,
+    damping: float | str | None,
+) -> dict[str, Any]:
+    """Return what every object of a ranked document has; ``number`` is the query's."""
+    fields = {
+        "query": queries.names[number],
+        "end": end,
+        "rank": rank,
+        "score": _finite(score),
+        "id": sample.sample_id,
+        "key": escaped(sample.key),
+        "domain": sample.domain,
+        "loss": _finite(sample.loss),
+        "n_tokens": sample.n_tokens,
+        "query_loss": _finite(float(queries.loss[number])),
+        "query_n_tokens": int(queries.n_tokens[number]),
+        "damping": damping,
+    }
+    if queries.n_queries is not None:
+        fields["n_queries"] = int(queries.n_queries[number])
+    return fields
 
 
 def _group_objects(answer: Answer, grouped: Grouped) -> Iterator[str]:

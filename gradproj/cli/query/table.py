@@ -8,10 +8,11 @@ import numpy as np
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.ranking import Ranking, overlap
 from gradproj.cli.query.answer import Answer, Match
-from gradproj.cli.query.asked import Subjects
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.lines import NAME, WIDTH, labelled
 from gradproj.cli.query.rescore import FirstStage
+from gradproj.cli.query.subjects import Subjects
+from gradproj.cli.query.tokens import token_lines
 from gradproj.formatting import escaped, one_line
 
 _COLUMN = 12
@@ -137,6 +138,9 @@ def _end_lines(answer: Answer, name: str, end: TopDocuments, number: int) -> Ite
         yield f"{place:>5} {text}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
         if answer.matches is not None:
             yield f"      {_shared(answer.matches[number, sample_id])}"
+        if answer.tokens is not None:
+            for line in token_lines(answer.tokens, number, sample_id):
+                yield f"      {one_line(line, WIDTH - 6)}"
         if sample.text is not None:
             yield f"      {one_line(sample.text, WIDTH - 6)}"
 

@@ -1,17 +1,14 @@
 """Text scores in ``query``: the scan, and a column of them."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gradproj.analysis.ranking import Ranking
 from gradproj.cli.query.answer import Match, Matches
-from gradproj.cli.query.config import QueryConfig
-from gradproj.distributed import Process
+from gradproj.cli.query.session import Question
 from gradproj.errors import ConfigError
-from gradproj.job.recorded import config_from, recorded_tokenizer
-from gradproj.store import ProjectionStore
 from gradproj.text.index import TextIndex, make_text_index, open_text_index
 from gradproj.text.matches import passages_of
 from gradproj.text.scores import QueryText, TextScan
@@ -19,13 +16,7 @@ from gradproj.text.scores import QueryText, TextScan
 _QUERIES_AT_ONCE = 64
 
 
-def text_scan(
-    config: QueryConfig,
-    store: ProjectionStore,
-    process: Process,
-    note: Callable[[str], None],
-    index: TextIndex | None = None,
-) -> TextScan:
+def text_scan(question: Question, index: TextIndex | None = None) -> TextScan:
     """Return a scan of the store's documents by text, whose index is made on first use.
 
     ``index``: the store's, if it was opened already.
@@ -33,27 +24,27 @@ def text_scan(
     Raises:
         ConfigError: there is no index, and several ranks would have to make it.
     """
+    config, store, together = question.config, question.store, question.together
     index = index or open_text_index(store)
-    if index is None and process.world_size > 1:
+    if index is None and together:
         raise ConfigError(
             f"{store.path.parent} has no text index yet: run `gradproj text {store.path.parent}` "
             "first, under torchrun to share the work"
         )
     if index is None:
-        index = make_text_index(store, config, note=note)
+        index = make_text_index(store, config, note=question.note)
     assert index is not None
-    domains, together = config.domains_of(store), process.world_size > 1
-    return TextScan(store, index, domains, together, sys.stderr.isatty())
+    return TextScan(store, index, config.domains_of(store), together, sys.stderr.isatty())
 
 
 def text_matches(
-    config: QueryConfig,
+    question: Question,
     scan: TextScan,
     queries: Sequence[QueryText],
     rankings: Sequence[Ranking],
 ) -> Matches:
     """Return the passages that each ranked document shares with the query."""
-    tokenizer, _ = recorded_tokenizer(scan.store, config_from(config, loads_weights=False))
+    tokenizer, _ = question.session.tokenizer(question.config, question.store)
     matches: Matches = {}
     for number, query in enumerate(queries):
         ends = [end.ids[number] for r in rankings for end in (r.top, r.bottom)]

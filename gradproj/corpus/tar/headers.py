@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gradproj.errors import CorpusError
+from gradproj.storage.address import Address, Location
+from gradproj.storage.facts import ObjectFacts
+from gradproj.storage.stream import ObjectStream
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -18,6 +21,7 @@ _ZEROS = bytes(_BLOCK)
 # crash or an interrupted copy: a file of the right length whose end was never written.
 _MAX_PADDING = 2**20
 _CHUNK = 2**20
+_MAX_SEARCHED = 2**28
 
 _EXTENSIONS = b"LKxXg"
 _WITHOUT_DATA = b"123456"
@@ -44,10 +48,15 @@ class Member(NamedTuple):
 class TarBytes:
     """A tar as a sequence of bytes to slice, with one chunk in memory."""
 
+    path: Location
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._n_bytes = os.fstat(self._file.fileno()).st_size
+        self._begin(os.fstat(self._file.fileno()).st_size)
+
+    def _begin(self, n_bytes: int) -> None:
+        self._n_bytes = n_bytes
         self._first = 0
         self._loaded = b""
 
@@ -71,6 +80,9 @@ class TarBytes:
         start, stop, _ = key.indices(self._n_bytes)
         if self._first <= start and stop <= self._first + len(self._loaded):
             return self._loaded[start - self._first : stop - self._first]
+        return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> bytes:
         pieces = []
         while start < stop:
             piece = os.pread(self._file.fileno(), stop - start, start)
@@ -89,6 +101,51 @@ class TarBytes:
             f"{self.path}: damaged at byte {offset:,}: {kind}. "
             "Copy or make this tar again, or leave it out of the corpus"
         )
+
+
+class StreamedTarBytes(TarBytes):
+    """A remote tar, from one request. Slices lie in the loaded chunk or behind it.
+
+    What is read ahead of the chunk, such as the rest of a long member, stays in memory until the
+    chunks have come so far.
+    """
+
+    def __init__(self, path: Address, facts: ObjectFacts) -> None:
+        self.path = path
+        self._stream = ObjectStream(path, facts)
+        self._ahead = bytearray()
+        self._begin(facts.size_bytes)
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def load(self, first: int, n_bytes: int) -> bytes:
+        """Read the next chunk and keep it until the next call."""
+        stop = min(first + n_bytes, self._n_bytes)
+        self._read_ahead(stop - first)
+        self._first, self._loaded = first, bytes(self._ahead[: stop - first])
+        del self._ahead[: stop - first]
+        return self._loaded
+
+    def _read(self, start: int, stop: int) -> bytes:
+        if stop <= start:
+            return b""
+        following = self._first + len(self._loaded)
+        self._read_ahead(stop - following)
+        head = self._loaded[start - self._first :] if start < following else b""
+        return head + self._ahead[max(0, start - following) : stop - following]
+
+    def _read_ahead(self, n_bytes: int) -> None:
+        if n_bytes > len(self._ahead):
+            self._ahead += self._stream.read(n_bytes - len(self._ahead))
+
+
+def open_tar_bytes(path: Location, facts: ObjectFacts | None) -> TarBytes:
+    """Open a tar; of a remote one the facts must be known."""
+    if isinstance(path, Address):
+        assert facts is not None, path
+        return StreamedTarBytes(path, facts)
+    return TarBytes(path)
 
 
 def read_member(data: TarBytes, offset: int) -> tuple[Member, int] | None:
@@ -186,6 +243,8 @@ def _check_end(data: TarBytes, offset: int) -> None:
         raise data.damage(offset, "cut inside the two zero blocks that close a tar")
     if second != _ZEROS:
         raise data.damage(offset, "a header is zeroed, and data follows it")
+    if len(data) - offset > _MAX_SEARCHED:
+        raise data.damage(offset, f"{len(data) - offset:,} bytes follow the tar's end")
     for position in range(offset, len(data), _CHUNK):
         rest = data[position : position + _CHUNK].lstrip(b"\0")
         if rest:

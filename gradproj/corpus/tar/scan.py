@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from zlib import crc32
 
 import google_crc32c
@@ -18,10 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, DomainReader
-from gradproj.corpus.tar.headers import TarBytes, read_member
+from gradproj.corpus.tar.headers import TarBytes, open_tar_bytes, read_member
 from gradproj.corpus.tar.plain_headers import PlainHeaders, Run
 from gradproj.errors import CorpusError
 from gradproj.formatting import escaped
+from gradproj.storage.address import Location
+from gradproj.storage.facts import ObjectFacts
+from gradproj.storage.stream import ObjectChanged
 
 SAMPLES_PER_BLOCK = 64
 READ_SUFFIXES = frozenset({"json", "txt", "npy", "labels.npy"})
@@ -69,19 +71,21 @@ class TarFacts:
         return np.frombuffer(base64.b64decode(self.block_key_crcs_base64), "<u4")
 
 
-def scan_tar(path: Path, domain_field: str) -> TarFacts:
-    """Read a tar once and return its facts.
+def scan_tar(path: Location, domain_field: str, facts: ObjectFacts | None = None) -> TarFacts:
+    """Read a tar once and return its facts. What a remote one is now must be known.
 
     Raises:
         CorpusError: the tar is damaged or cannot be read; names the tar, the byte and the kind.
     """
     try:
-        with TarBytes(path) as data:
+        with open_tar_bytes(path, facts) as data:
             if len(data) == 0:
                 raise data.damage(0, "an empty file")
             return _Scan(data, domain_field).run()
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ObjectChanged as error:
+        raise CorpusError(f"{path}: changed while it was read: {error}; index it again") from None
 
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:

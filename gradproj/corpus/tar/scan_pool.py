@@ -5,15 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from pathlib import Path
 
 from tqdm import tqdm
 
 from gradproj.corpus.tar.scan import TarFacts, scan_tar
 from gradproj.errors import CorpusError
+from gradproj.storage.address import Address, Location, parse_location
+from gradproj.storage.facts import ObjectFacts
 
 _MAX_ERRORS = 20
 # Starting a process takes as long as scanning this much.
@@ -25,20 +26,23 @@ _WORKER = (
 
 
 def scan_tars(
-    paths: Sequence[Path],
-    sizes: Sequence[int],
+    paths: Sequence[Location],
+    versions: Sequence[ObjectFacts],
     domain_field: str,
     processes: int | None,
     progress: bool,
+    done: Callable[[int, TarFacts], object] = lambda number, facts: None,
 ) -> list[TarFacts]:
-    """Scan tars of these sizes; the facts are in the order of ``paths``.
+    """Scan tars; the facts are in the order of ``paths``.
 
-    ``processes`` is the number of worker processes; None for one per CPU, or none if there is
-    little to read.
+    ``versions`` are the tars' sizes and what else tells one version of a remote tar from another.
+    ``done`` is called with each tar's number and facts, in this order. ``processes`` is
+    the number of worker processes; None for one per CPU, or none if there is little to read.
 
     Raises:
         CorpusError: tars are damaged (lists up to 20), or a worker process died.
     """
+    sizes = [version.size_bytes for version in versions]
     if processes is None:
         processes = 1 if sum(sizes) < _SMALL_BYTES else len(os.sched_getaffinity(0))
     if processes < 1:
@@ -49,13 +53,19 @@ def scan_tars(
         bar = stack.enter_context(_bar(sum(sizes), progress))
         results: Iterator[TarFacts | str]
         if processes == 1 or len(paths) == 1:
-            results = (_scan(path, domain_field) for path in paths)
+            results = (
+                _scan(path, version, domain_field)
+                for path, version in zip(paths, versions, strict=True)
+            )
         else:
-            results = _in_processes(paths, sizes, domain_field, min(processes, len(paths)), stack)
+            results = _in_processes(
+                paths, versions, domain_field, min(processes, len(paths)), stack
+            )
         # Results end early only behind an error, when a worker has died.
         for size, result in zip(sizes, results, strict=False):
             bar.update(size)
             if isinstance(result, TarFacts):
+                done(len(facts) + len(errors), result)
                 facts.append(result)
                 continue
             errors.append(result)
@@ -71,9 +81,9 @@ def scan_tars(
 def run_worker() -> None:
     """Run a worker: read all its tars' paths from standard input, print one JSON line per tar."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    domain_field, *paths = json.load(sys.stdin.buffer)
-    for path in paths:
-        result = _scan(Path(path), domain_field)
+    domain_field, *tars = json.load(sys.stdin.buffer)
+    for path, anonymous, version in tars:
+        result = _scan(parse_location(path, anonymous), ObjectFacts(**version), domain_field)
         line = json.dumps(asdict(result) if isinstance(result, TarFacts) else result)
         try:
             print(line, flush=True)
@@ -81,17 +91,17 @@ def run_worker() -> None:
             os._exit(1)  # the parent is gone, however it ended
 
 
-def _scan(path: Path, domain_field: str) -> TarFacts | str:
+def _scan(path: Location, version: ObjectFacts, domain_field: str) -> TarFacts | str:
     """Return the facts, or the error message of a damaged tar."""
     try:
-        return scan_tar(path, domain_field)
+        return scan_tar(path, domain_field, version)
     except CorpusError as error:
         return str(error)
 
 
 def _in_processes(
-    paths: Sequence[Path],
-    sizes: Sequence[int],
+    paths: Sequence[Location],
+    versions: Sequence[ObjectFacts],
     domain_field: str,
     n_processes: int,
     stack: ExitStack,
@@ -114,12 +124,16 @@ def _in_processes(
         stack.callback(_end, workers[-1])
     n_bytes = [0] * n_processes
     worker_of = []
-    for size in sizes:
+    for version in versions:
         worker_of.append(n_bytes.index(min(n_bytes)))
-        n_bytes[worker_of[-1]] += size
+        n_bytes[worker_of[-1]] += version.size_bytes
     for number, worker in enumerate(workers):
         assert worker.stdin is not None
-        tars = [str(path) for path, at in zip(paths, worker_of, strict=True) if at == number]
+        tars = [
+            (str(path), isinstance(path, Address) and path.anonymous, asdict(version))
+            for path, version, at in zip(paths, versions, worker_of, strict=True)
+            if at == number
+        ]
         with suppress(BrokenPipeError), worker.stdin as stdin:
             stdin.write(json.dumps([domain_field, *tars]).encode())
     for path, number in zip(paths, worker_of, strict=True):

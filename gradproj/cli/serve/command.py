@@ -1,0 +1,171 @@
+"""The command ``serve``: outputs in a browser, and a JSON API, until it is interrupted."""
+
+import functools
+import importlib.util
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradproj.cli.query.checkpoints import titles_of
+from gradproj.cli.score_args import print_note
+from gradproj.cli.serve.explorer import OutputExplorer
+from gradproj.errors import ConfigError, GradprojError
+from gradproj.flags import flag, parse
+from gradproj.job.recorded_args import RecordedRunArgs
+
+MIN_TOKEN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(RecordedRunArgs, title="serve"):
+    """What is served, where, to whom, and how much at once."""
+
+    others: tuple[str, ...] = flag(
+        "Further outputs, to be asked side by side.",
+        (),
+        name="OUTPUT2",
+        positional=True,
+        path="DIR",
+    )
+    host: str = flag(
+        "Address or name to listen at. With another than this machine's own every request needs a "
+        "token.",
+        "127.0.0.1",
+        metavar="HOST",
+    )
+    port: int = flag("Port; 0 = any that is free.", 8765, minimum=0, maximum=65535)
+    token: str = flag(
+        f"Secret of at least {MIN_TOKEN} characters that requests must have; auto: a new one, "
+        "which is printed. Default: none for this machine alone, else auto.",
+        "",
+        metavar="auto|TEXT",
+    )
+    allow_host: tuple[str, ...] = flag(
+        "Host names under which browsers may reach the server, besides the one of --host.",
+        (),
+        metavar="NAME",
+    )
+    max_scans: int = flag("Scans at once.", 2, minimum=1)
+    max_queue: int = flag("Scans that may wait.", 64, minimum=0)
+    time_limit_s: float = flag("Longest time of one scan.", 600.0, above=0)
+    max_query_characters: int = flag("Longest query.", 100_000, minimum=1)
+    log_queries: bool = flag("Write the questions, too, to the log on standard error.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token not in ("", "auto") and len(self.token) < MIN_TOKEN:
+            raise ConfigError(f"--token has fewer than {MIN_TOKEN} characters; auto makes one")
+        moved = [f"--{x}" for x in ("model", "tokenizer", "shards") if getattr(self, x)]
+        if self.others and moved:
+            raise ConfigError(f"with several outputs, leave {moved[0]} out: it is of one")
+
+    @property
+    def outputs(self) -> list[str]:
+        """All outputs, in the order given."""
+        return [self.output, *self.others]
+
+
+def serve_command(argv: list[str]) -> None:
+    """``python -m gradproj serve OUTPUT``"""
+    (config,) = parse(
+        argv,
+        "gradproj serve",
+        ServeConfig,
+        description="Answer queries of stores in a browser and as JSON. Model, curvature and store "
+        "are opened once.",
+    )
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"serve needs {' and '.join(missing)}: pip install 'gradproj[serve]' brings both"
+        )
+    serve(config)
+
+
+def explorers_of(config: ServeConfig) -> list[OutputExplorer]:
+    """Return an explorer of each output; raises if one has no store."""
+    names = [f.name for f in RecordedRunArgs.__dataclass_fields__.values()]
+    given: dict[str, Any] = {name: getattr(config, name) for name in names}
+    made = []
+    titles = titles_of(config.outputs) if config.others else [config.output.rstrip("/")]
+    for output, title in zip(config.outputs, titles, strict=True):
+        inputs = RecordedRunArgs(**{**given, "output": output})
+        explorer = OutputExplorer(inputs, title, config.max_query_characters)
+        explorer.facts()
+        made.append(explorer)
+    return made
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until the process is interrupted.
+
+    Raises:
+        StoreError: an output has no store.
+        ConfigError: the address cannot be listened at.
+    """
+    import uvicorn
+
+    from gradproj.serve.app import Access, Server
+    from gradproj.serve.guard import is_loopback
+    from gradproj.serve.scans import ScanQueue
+
+    explorers = explorers_of(config)
+    local_only = is_loopback(config.host)
+    token = config.token
+    if token == "auto" or (not token and not local_only):
+        token = secrets.token_urlsafe(24)
+    names = {config.host, *config.allow_host}
+    if not local_only:
+        names |= {socket.gethostname(), socket.getfqdn()}
+    listener = _listener(config.host, config.port)
+    queue = ScanQueue(config.max_scans, config.max_queue, config.time_limit_s)
+    server = Server(explorers, queue, _log, config.log_queries)
+    settings = uvicorn.Config(
+        server.app(Access(token, names, local_only)), log_level="warning", access_log=False,
+        server_header=False, date_header=False, timeout_keep_alive=30, limit_concurrency=512,
+        timeout_graceful_shutdown=2, lifespan="off", ws="none", proxy_headers=False,
+    )  # fmt: skip
+    load = functools.partial(_load, explorers)
+    threading.Thread(target=load, name="load", daemon=True).start()
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"http://{host}:{listener.getsockname()[1]}/"
+    secret = f"#token={token}" if token and config.token in ("", "auto") else ""
+    print(f"gradproj serves {len(explorers)} output(s) at {address}{secret}", flush=True)
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _load(explorers: Sequence[OutputExplorer]) -> None:
+    """Load what answers need, output by output; what is wrong will show in an answer, too."""
+    for explorer in explorers:
+        started = time.monotonic()
+        try:
+            explorer.load()
+        except (GradprojError, OSError) as error:
+            print_note(f"{explorer.title} cannot be asked: {error}")
+        else:
+            print_note(f"{explorer.title} is loaded, after {time.monotonic() - started:.1f} s")
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port} cannot be listened at: {error}; --port 0 takes any port"
+        ) from error
+    return listener
+
+
+def _log(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,82 @@
+"""Documents of a store by their ids, read from their tars and tokenized as the job did."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gradproj.corpus.documents import Document
+from gradproj.corpus.stream import read_documents
+from gradproj.errors import StoreError
+from gradproj.job.config import RunConfig
+from gradproj.job.recorded import recorded_index
+from gradproj.job.unit_reader import UnitReader, UnitSettings
+from gradproj.model.sequences import TokenSequence
+from gradproj.model.token_texts import TokenTexts
+from gradproj.store import ProjectionStore
+
+_Made = TypeVar("_Made")
+
+
+class RecordedDocuments:
+    """Reads documents that have rows.
+
+    Args:
+        store: of the job.
+        run: its settings.
+        tokenizer: its model's.
+        vocabulary: number of token ids that the model has.
+        shards: the tars, if they have moved.
+    """
+
+    def __init__(
+        self,
+        store: ProjectionStore,
+        run: RunConfig,
+        tokenizer: Any,
+        vocabulary: int,
+        shards: str = "",
+    ) -> None:
+        self._store = store
+        self._index = recorded_index(store.path.parent, shards)
+        settings = UnitSettings(
+            store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
+            vocabulary, self._index.domains, run.corpus.chosen_domains, run.limits, run.rules,
+        )  # fmt: skip
+        self._reader = UnitReader(self._index, tokenizer, settings)
+
+    def sequences(self, sample_ids: np.ndarray) -> list[TokenSequence]:
+        """Return the documents' sequences; an owner is its document's place in the ids.
+
+        Raises:
+            CorpusError: a tar is missing or has changed.
+            StoreError: a document has no target token now.
+        """
+        return _owned(self._each(sample_ids, self._reader.sequences_of))
+
+    def with_texts(self, sample_ids: np.ndarray) -> tuple[list[TokenSequence], list[TokenTexts]]:
+        """Return the documents' sequences, with ``places``, and what their tokens stand for.
+
+        Raises as ``sequences``.
+        """
+        made = self._each(sample_ids, self._reader.with_texts)
+        return _owned([sequences for sequences, _ in made]), [texts for _, texts in made]
+
+    def _each(self, sample_ids: np.ndarray, make: Callable[[Document], _Made]) -> list[_Made]:
+        made = []
+        for sample_id in sample_ids.tolist():
+            (document,) = read_documents(
+                self._index, sample_id, sample_id + 1, self._reader.settings.limits
+            )
+            found = make(document)
+            if not (found[0] if isinstance(found, tuple) else found):
+                raise StoreError(
+                    f"{self._store.path} is damaged: it has a row of document {sample_id}, which "
+                    "has no target token"
+                )
+            made.append(found)
+        return made
+
+
+def _owned(of_each: list[list[TokenSequence]]) -> list[TokenSequence]:
+    return [each.owned_by(place) for place, some in enumerate(of_each) for each in some]

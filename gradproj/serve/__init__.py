@@ -1,0 +1,1 @@
+"""``gradproj serve``: the server behind the page and the JSON API."""

@@ -1,0 +1,62 @@
+// Requests to the server that sent this page.
+
+const SECRET = "gradproj-token";
+
+// The token comes behind the address, #token=..., which no server sees, and is kept for this tab.
+export function takeToken() {
+  const found = /^#token=([\w-]+)/.exec(location.hash);
+  if (!found) return;
+  sessionStorage.setItem(SECRET, found[1]);
+  history.replaceState(null, "", location.pathname);
+}
+
+function headers(more = {}) {
+  const token = sessionStorage.getItem(SECRET);
+  return token ? { ...more, authorization: `Bearer ${token}` } : more;
+}
+
+async function checked(response) {
+  if (response.ok) return response;
+  let message = `the server answered ${response.status}`;
+  try { message = (await response.json()).message ?? message; } catch { /* no JSON */ }
+  throw new Error(message);
+}
+
+async function sent(path, options) {
+  try {
+    return await checked(await fetch(path, options));
+  } catch (error) {
+    if (error instanceof TypeError) throw new Error("the server does not answer: it may have ended");
+    throw error;
+  }
+}
+
+export async function get(path) {
+  return (await sent(path, { headers: headers() })).json();
+}
+
+// Calls `take` with each event of a scan as it comes; returns the last one.
+export async function events(path, question, signal, take) {
+  const options = { headers: headers(), signal };
+  if (question) {
+    options.method = "POST";
+    options.headers = headers({ "content-type": "application/json" });
+    options.body = JSON.stringify(question);
+  }
+  const response = await sent(path, options);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", last = null;
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      last = JSON.parse(line);
+      if (last.event === "error") throw new Error(last.message);
+      take(last);
+    }
+  }
+  if (last?.event !== "answer") throw new Error("the server ended before its answer did");
+  return last;
+}

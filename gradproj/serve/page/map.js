@@ -1,0 +1,154 @@
+// A map of sampled documents: drag to move, wheel or + and - to zoom, click to open.
+
+import { events } from "./api.js";
+import { clean, download, el, number, whole } from "./dom.js";
+
+// Told apart by most people with a colour vision deficiency (Okabe and Ito), then by the words below.
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8f6bb3", "#a0522d"];
+const OTHER = "#8a8f98";
+const NEAR = 14, LISTED = 30;
+
+export async function showMap(place, index, output, open) {
+  const news = el("p", { role: "status" }, "Reading a sample of rows ...");
+  place.replaceChildren(el("h2", {}, "Map of documents"), news);
+  const answer = await events(`/api/outputs/${index}/map`, null, undefined, (event) => {
+    if (event.event === "queued") news.textContent = `Waiting: ${event.ahead} ahead.`;
+    if (event.event === "progress") news.textContent = `${whole(event.done)} of ${whole(event.total)} layers read.`;
+  });
+  new DocumentMap(place, answer.map, news, open);
+}
+
+class DocumentMap {
+  constructor(place, data, news, open) {
+    this.data = data; this.news = news; this.open = open; this.hovered = -1; this.only = null;
+    this.canvas = el("canvas", { id: "map-canvas", tabindex: 0, role: "application",
+      "aria-label": "Map of documents: arrows move, plus and minus zoom, 0 shows all; the documents in view are listed below" });
+    this.list = el("ol", {});
+    const [first, second] = data.explained.map((x) => `${(100 * x).toFixed(1)} %`);
+    place.append(
+      el("p", { class: "soft" }, `${whole(data.ids.length)} documents at random, each row at length 1 in the score's metric: the two directions in which they differ most (${first} and ${second} of the squared distances).`),
+      el("div", { class: "row" }, [["Closer", 1.5], ["Farther", 1 / 1.5]].map(([label, factor]) => el("button", { type: "button", onclick: () => this.zoom(factor) }, label)),
+        el("button", { type: "button", onclick: () => this.all() }, "Show all"),
+        el("button", { type: "button", onclick: () => this.canvas.toBlob((blob) => download("map.png", blob)) }, "Save picture")),
+      this.canvas, this.legend(), el("details", {}, el("summary", {}, `Documents in view (the first ${LISTED})`), this.list));
+    place.append(news);
+    this.listen();
+    new ResizeObserver(() => this.draw()).observe(this.canvas);
+    new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+    this.all();
+  }
+
+  legend() {
+    const counts = new Map();
+    for (const code of this.data.domain) counts.set(code, (counts.get(code) ?? 0) + 1);
+    const largest = [...counts].sort((a, b) => b[1] - a[1]);
+    this.colours = new Map(largest.map(([code], i) => [code, COLOURS[i] ?? OTHER]));
+    return el("div", { class: "legend", role: "group", "aria-label": "Domains: press one to see it alone" }, largest.map(([code, n]) => {
+      const sample = el("i", {});
+      sample.style.background = this.colours.get(code);
+      const button = el("button", { type: "button", "aria-pressed": "false", onclick: () => {
+        this.only = this.only === code ? null : code;
+        for (const other of button.parentNode.children) other.setAttribute("aria-pressed", String(other === button && this.only !== null));
+        this.draw();
+      } }, sample, el("bdi", {}, this.name(code)), ` ${whole(n)}`);
+      return button;
+    }));
+  }
+
+  name(code) { return code < 0 ? "no domain" : this.data.domains[code]; }
+
+  all() {
+    const { x, y } = this.data, low = Math.min(...x), high = Math.max(...x), bottom = Math.min(...y), top = Math.max(...y);
+    this.middle = [(low + high) / 2, (bottom + top) / 2];
+    this.span = [Math.max(high - low, 1e-9) * 1.08, Math.max(top - bottom, 1e-9) * 1.08];
+    this.draw();
+  }
+
+  zoom(factor, at = this.middle) {
+    this.middle = this.middle.map((m, i) => at[i] + (m - at[i]) / factor);
+    this.span = this.span.map((s) => s / factor);
+    this.draw();
+  }
+
+  toScreen(i) {
+    const { width, height } = this.box;
+    return [((this.data.x[i] - this.middle[0]) / this.span[0] + 0.5) * width, (0.5 - (this.data.y[i] - this.middle[1]) / this.span[1]) * height];
+  }
+
+  toData(event) {
+    const { width, height } = this.box;
+    return [this.middle[0] + (event.offsetX / width - 0.5) * this.span[0], this.middle[1] + (0.5 - event.offsetY / height) * this.span[1]];
+  }
+
+  draw() {
+    const box = this.box = { width: this.canvas.clientWidth, height: this.canvas.clientHeight };
+    if (!box.width) return;
+    const scale = window.devicePixelRatio || 1, pen = this.canvas.getContext("2d");
+    this.canvas.width = box.width * scale; this.canvas.height = box.height * scale;
+    const style = getComputedStyle(document.documentElement);
+    pen.scale(scale, scale);
+    pen.fillStyle = style.getPropertyValue("--paper"); pen.fillRect(0, 0, box.width, box.height);
+    const inView = [];
+    this.data.ids.forEach((_, i) => {
+      const [x, y] = this.toScreen(i), code = this.data.domain[i], isOn = this.only === null || this.only === code;
+      if (x < 0 || y < 0 || x > box.width || y > box.height) return;
+      if (isOn) inView.push(i);
+      pen.globalAlpha = isOn ? 0.8 : 0.08;
+      pen.fillStyle = this.colours.get(code);
+      pen.beginPath(); pen.arc(x, y, 3.2, 0, 7); pen.fill();
+    });
+    pen.globalAlpha = 1;
+    if (this.hovered >= 0) {
+      const [x, y] = this.toScreen(this.hovered);
+      pen.strokeStyle = style.getPropertyValue("--ink"); pen.lineWidth = 2;
+      pen.beginPath(); pen.arc(x, y, 7, 0, 7); pen.stroke();
+    }
+    this.list.replaceChildren(...inView.slice(0, LISTED).map((i) => el("li", {}, el("button", { type: "button", onclick: () => this.open(this.data.ids[i]) }, this.label(i)))));
+  }
+
+  label(i) {
+    return clean(`id ${this.data.ids[i]}, ${this.name(this.data.domain[i])}, loss ${number(this.data.loss[i])}`);
+  }
+
+  nearest(event) {
+    let best = -1, least = NEAR ** 2;
+    this.data.ids.forEach((_, i) => {
+      if (this.only !== null && this.only !== this.data.domain[i]) return;
+      const [x, y] = this.toScreen(i), far = (x - event.offsetX) ** 2 + (y - event.offsetY) ** 2;
+      if (far < least) [best, least] = [i, far];
+    });
+    return best;
+  }
+
+  listen() {
+    let from = null, moved = false;
+    const canvas = this.canvas;
+    canvas.addEventListener("wheel", (event) => { event.preventDefault(); this.zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, this.toData(event)); }, { passive: false });
+    canvas.addEventListener("pointerdown", (event) => { from = [event.offsetX, event.offsetY, ...this.middle]; moved = false; canvas.setPointerCapture(event.pointerId); });
+    canvas.addEventListener("pointermove", (event) => {
+      if (from) {
+        const dx = event.offsetX - from[0], dy = event.offsetY - from[1];
+        moved ||= Math.hypot(dx, dy) > 4;
+        this.middle = [from[2] - (dx / this.box.width) * this.span[0], from[3] + (dy / this.box.height) * this.span[1]];
+        this.draw();
+        return;
+      }
+      const found = this.nearest(event);
+      if (found !== this.hovered) { this.hovered = found; this.news.textContent = found < 0 ? "" : this.label(found); this.draw(); }
+    });
+    canvas.addEventListener("pointerup", (event) => {
+      from = null;
+      const found = moved ? -1 : this.nearest(event);
+      if (found >= 0) this.open(this.data.ids[found]);
+    });
+    canvas.addEventListener("keydown", (event) => {
+      const moves = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1] }[event.key];
+      if (moves) { this.middle = this.middle.map((m, i) => m + moves[i] * this.span[i]); this.draw(); }
+      else if (event.key === "+" || event.key === "=") this.zoom(1.5);
+      else if (event.key === "-") this.zoom(1 / 1.5);
+      else if (event.key === "0") this.all();
+      else return;
+      event.preventDefault();
+    });
+  }
+}
