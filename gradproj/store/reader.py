@@ -47,7 +47,7 @@ class ProjectionStore:
     def __init__(self, path: str | Path, read_text: Callable[[int], str] | None = None) -> None:
         self.path = find_store(path)
         self.attributes: dict[str, Any] = read_attributes(self.path)
-        self.layout = read_layout(self.path)
+        self.layout = read_layout(self.path, self.attributes)
         self.layers: list[LayerSlice] = layers_of(self.attributes)
         self.domains: list[str] = list(self.attributes.get("domains", []))
         self._read_text = read_text or RecordedTexts(self.path.parent)
