@@ -349,6 +349,6 @@ def test_documents_of_too_many_tokens_are_listed_and_not_split(dense, ask, monke
 
 
 def test_a_store_of_a_training_run_is_refused(dense, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.cli.query.tokens.is_job_store", lambda store: False)
+    monkeypatch.setattr("gradproj.cli.query.split.is_job_store", lambda store: False)
     message = ask.mistake(dense.output, "--query_store", dense.output, "--tokens")
     assert "rows of a training run are of the weights of their step" in message
