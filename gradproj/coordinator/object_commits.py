@@ -17,7 +17,7 @@ from gradproj.errors import StoreError
 from gradproj.files import crc32c
 from gradproj.storage.object_path import names_in
 from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, read_or_none
-from gradproj.store.hidden_states import hidden_layout
+from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import decode_record, encode_record, record_name
 from gradproj.store.writer import shard_chunks
@@ -147,6 +147,22 @@ class ObjectCommits(Commits):
         self._delete_prepared(lambda other: other == unit)
 
     # --- leftovers ---
+
+    def give_up(self, unit: int, layout: StoreLayout) -> None:
+        # The shards first: one without a record and without anything prepared would be nobody's,
+        # while a record without its shard is found at the next start, whatever happens here.
+        self.forget(unit)
+        for each in sharded_layouts(layout):
+            (self.output / each.shard_name(unit)).unlink(missing_ok=True)
+
+    def clean_up(self, unit: int, layout: StoreLayout) -> None:
+        pass
+
+    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
+        # In this order: shards were seen, what is prepared goes once there is a record.
+        names = names_in(self.output / PREPARED_DIR)
+        prepared = {name.partition(".")[0] for name in names}
+        return [u for u in units if f"{u:08d}" not in prepared and not self._is_recorded(u)]
 
     def remove_leftovers(self, committed: set[int]) -> set[str]:
         self._delete_prepared(committed.__contains__)
