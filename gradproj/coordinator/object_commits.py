@@ -16,7 +16,8 @@ from gradproj.coordinator.process_id import Owner
 from gradproj.errors import StoreError
 from gradproj.files import crc32c
 from gradproj.storage.object_path import names_in
-from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, read_or_none
+from gradproj.storage.probe import PROBE_DIR
+from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, delete_tree, read_or_none
 from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import decode_record, encode_record, record_name
@@ -166,6 +167,7 @@ class ObjectCommits(Commits):
 
     def remove_leftovers(self, committed: set[int]) -> set[str]:
         self._delete_prepared(committed.__contains__)
+        delete_tree(self.output / PROBE_DIR)
         return set()
 
     def _delete_prepared(self, wanted: Callable[[int], bool]) -> None:
