@@ -1,9 +1,10 @@
-"""Commits in a bucket: a put-if-absent decides, and whoever comes later helps.
+"""Commits in a bucket: a put-if-absent decides, and processes that come later help.
 
 A bucket has no renames, no locks and nothing that could be fenced. So claims only advise who should
 work, and the first shard of a unit's rows that gets its name decides what the unit is. Before its
 shard a process publishes everything else of the unit under a name with the shard's checksum. So
-whoever finds a shard can finish its unit, and nobody can finish it in another way: README.md.
+every process that finds a shard can finish its unit, and none can finish it in another way.
+README.md has the argument.
 """
 
 from collections.abc import Callable

@@ -61,7 +61,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 Stamp = Any
-"""What tells two versions of a file or an object apart without reading them."""
+"""Tells two versions of a file or an object apart without reading them."""
 
 
 def read_if_changed(path: Path, stamp: Stamp) -> tuple[bytes, Stamp] | None:
