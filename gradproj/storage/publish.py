@@ -32,7 +32,7 @@ PREPARED_DIR = "prepared"
 
 
 class Outdated(Exception):
-    """What was about to be replaced has been replaced by another process."""
+    """Another process has replaced what this one was about to replace."""
 
 
 class Publisher(ABC):
@@ -193,7 +193,7 @@ class ObjectPublisher(Publisher):
         self.update(final, change)
 
     def _replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
-        # The version was noted before the check. So whoever takes over after the check finds this
+        # The version was noted before the check. So one that takes over after the check finds this
         # write done, or makes its condition fail.
         if self._check is not None:
             self._check()
@@ -310,7 +310,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def touch_folder(folder: Path) -> None:
-    """Make NFS list a folder anew, which it may not do for a minute. A bucket always does."""
+    """Make NFS list a folder again, which it may not do for a minute. A bucket always does."""
     if not isinstance(folder, ObjectPath):
         os.utime(folder)
 
