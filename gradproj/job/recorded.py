@@ -118,8 +118,8 @@ def _with_present_times(index: CorpusIndex) -> CorpusIndex:
         beside = default_index_path([tar.path for tar in index.tars])
         newer = load_index_if_any(beside) or index
         same = newer.fingerprint == index.fingerprint
-        reading = {"texts_only": index.texts_only, "cache": index.cache}
-        return replace(newer, **reading) if same else index
+        reads_alike = replace(newer, texts_only=index.texts_only, cache=index.cache)
+        return reads_alike if same else index
     return index
 
 

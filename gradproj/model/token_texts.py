@@ -1,4 +1,4 @@
-"""What the tokens of a document stand for: pieces of its text, by character offsets."""
+"""Pieces of a document's text that its tokens stand for, by character offsets."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ class TokenText:
     piece: str
     """Its characters; empty for a special token, and for a further token of one character."""
     name: str
-    """As the vocabulary has it."""
+    """Its form in the vocabulary."""
     start: int | None
     """Of ``piece`` in the text, in characters; None if it was not made from a text."""
     end: int | None

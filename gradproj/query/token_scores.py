@@ -30,7 +30,7 @@ _ROW_BYTES = 2**30
 
 @dataclass(frozen=True)
 class TokenScore:
-    """What a document's score for a query, or for a set of them, is made up of."""
+    """Parts of a document's score for a query, or for a set of them."""
 
     score: float
     """Of the recomputed row, with ``head``."""
@@ -117,6 +117,10 @@ class _Group:
         self._splitter, self._scan, self._prepared = splitter, scan, prepared
         self._found, self._listed, self._first = found, listed, first
         self.ids = np.unique(np.concatenate([*listed, np.empty(0, np.int64)]))
+        self._subjects: dict[int, list[int]] = {i: [] for i in self.ids.tolist()}
+        for number, ids in enumerate(listed):
+            for i in ids.tolist():
+                self._subjects[i].append(number)
         self._columns = _columns(scan)
         self._is_mean = stored_reduction(scan.store) == "mean"
 
@@ -145,9 +149,7 @@ class _Group:
         for place, sample_id in enumerate(self.ids.tolist()):
             parts = texts_of.summed(split, place)
             self._found.documents[sample_id] = texts_of.tokens(place)
-            for subject in range(len(self._listed)):
-                if sample_id not in self._listed[subject]:
-                    continue
+            for subject in self._subjects[sample_id]:
                 row = subject if best is None else int(best[subject, place])
                 signs = {row: 1.0}
                 if sets is not None and sets.n_control:
@@ -169,7 +171,7 @@ class _Group:
         """Return the numbers of the weights that a document is multiplied with, sorted."""
         if self._prepared.sets is not None:
             return np.arange(len(self._prepared.weights))
-        return np.array([n for n, ids in enumerate(self._listed) if sample_id in ids], np.int64)
+        return np.array(self._subjects[sample_id], np.int64)
 
     def split_queries(self, rows: QueryRows) -> None:
         """Run the queries, and note what their tokens add to the scores of their documents."""
@@ -233,9 +235,9 @@ class _Places:
         covered, n = self._covered(owner), len(split.layers[owner])
         total = np.zeros((n, len(covered)))
         for number in self._of[owner]:
-            total[:, np.searchsorted(covered, self._sequences[number].places)] += split.parts[
-                number
-            ]
+            places = self._sequences[number].places
+            assert places is not None  # sequences with texts have them
+            total[:, np.searchsorted(covered, places).astype(np.int64)] += split.parts[number]
         return total
 
 

@@ -13,8 +13,13 @@ from gradproj.model.token_texts import TokenText
 from gradproj.query.token_scores import TokenScores
 from gradproj.report.number_format import minus, places_for, scaled
 
-LEVELS = 6
-"""Shades of either sign; the template's style sheet has as many."""
+COLOURS = {
+    "p1": "#eaf2fa", "p2": "#d6e6f5", "p3": "#c2daf0", "p4": "#adcdea", "p5": "#9bc2e5",
+    "p6": "#8fb8e0", "n1": "#fdf3e6", "n2": "#fae6cc", "n3": "#f7d9b1", "n4": "#f4cb97",
+    "n5": "#f2bd7e", "n6": "#f0b068",
+}  # fmt: skip
+"""Shade -> background: blue of parts that add to a score, orange of those that take from it."""
+_LEVELS = len(COLOURS) // 2
 _CHARACTERS = 240
 """Of a shaded excerpt, about."""
 _PIECE_CHARACTERS = 80
@@ -30,7 +35,7 @@ class Shaded:
     """Cleaned and escaped."""
     value: str
     shade: str
-    """Its class: p1 to p6, n1 to n6; empty for a number that is small beside the largest."""
+    """A key of ``COLOURS``; empty for a number that is small beside the largest."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def _densest(lengths: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:
 
 def _shades(values: np.ndarray) -> list[str]:
     largest = np.abs(values).max(initial=0.0)
-    levels = np.rint(LEVELS * values / largest if largest > 0 else 0 * values).astype(int)
+    levels = np.rint(_LEVELS * values / largest if largest > 0 else 0 * values).astype(int)
     return ["" if not n else f"p{n}" if n > 0 else f"n{-n}" for n in levels.tolist()]
 
 

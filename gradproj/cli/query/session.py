@@ -30,10 +30,10 @@ Texts = tuple[list[Query], QuerySets | None]
 
 
 class Session:
-    """What questions to one output have in common, each part loaded when one needs it, and kept.
+    """Parts that questions to one output have in common, each loaded when one needs it, and kept.
 
     These are the model with its engine, the curvatures, the tokenizer, and the index of the tars.
-    The store itself is opened anew for each question, in milliseconds, so that an answer counts the
+    The store itself is opened again for each question, in milliseconds, so that an answer counts the
     rows that a running job has added. Threads may share a session: the model works for one of them
     at a time, and their scans run side by side.
     """
@@ -103,7 +103,7 @@ class Session:
 
 
 class AnswerWatch(ScanWatch):
-    """A watch of a question's scans that is told first what is asked."""
+    """A watch of a question's scans that first gets what is asked."""
 
     def asked(self, subjects: Subjects, damping: float | str | None) -> None:
         """The queries are projected; the first scan's scores are of them, by this damping."""
