@@ -84,6 +84,7 @@ def report_command(argv: list[str]) -> None:
         ReportConfig,
         description="One HTML page on a store: run, domains, outliers, answers to queries.",
     )
+    config.apply()
     path = report(config)
     print(
         f"{path} written, {human_bytes(path.stat().st_size)}; open it in any browser, it needs no "
