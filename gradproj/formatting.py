@@ -73,14 +73,13 @@ def html_table(
 
 def _html_cell(value: object) -> str:
     if isinstance(value, str):
-        text = value if isinstance(value, Html) else html_text(value)
-        return f'<td style="text-align:left">{text}</td>'
+        markup = value if isinstance(value, Html) else html_text(value)
+        return f'<td style="text-align:left">{markup}</td>'
+    text = ""
     if isinstance(value, SupportsIndex):  # whole numbers, numpy's too
         text = f"{value.__index__():,}"
     elif isinstance(value, SupportsFloat) and math.isfinite(value):
         text = f"{float(value):.4g}"
-    else:
-        text = ""
     return f'<td style="text-align:right">{text}</td>'
 
 

@@ -11,13 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradproj.coordinator.merge import write_metadata
+from gradproj.coordinator.merge import merge_publisher, write_metadata
 from gradproj.coordinator.units import unit_claim
-from gradproj.files import explain_os_errors, fsync_dir
+from gradproj.files import explain_os_errors
 from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
+from gradproj.storage.publish import flush_folder
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import METADATA_NAME, UNITS_DIR
 from gradproj.store.unit_record import record_name
@@ -110,16 +111,17 @@ def _repair(
     if result.units or columns:
         _remove_and_merge(output, lock, columns, merged, result)
     else:
-        write_metadata(output.path, lock.queue.scratch)
+        write_metadata(output.path, merge_publisher(output.path, claims))
 
 
 def _remove_and_merge(
     output: Output, lock: MergeLock, columns: bool, merged: MergedColumns, result: Repair
 ) -> None:
-    scratch, claims = lock.queue.scratch, lock.queue.claims
+    claims = lock.queue.claims
+    publisher = merge_publisher(output.path, claims)
     # Before anything is deleted: from now on a job that finds every unit recorded merges again.
-    update_attributes(output.store, {"complete": False}, scratch)
-    write_metadata(output.path, scratch)
+    update_attributes(output.store, {"complete": False}, publisher)
+    write_metadata(output.path, publisher)
     were_merged = any(merged.has(unit) for unit in result.units)
     _remove((output.path / record_name(unit) for unit in result.units), output.path / UNITS_DIR)
     # A merge reads all records, so it cannot run while a damaged one of another process remains.
@@ -139,4 +141,4 @@ def _remove(paths: Iterable[Path], folder: Path) -> None:
         for path in paths:
             path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            fsync_dir(folder)
+            flush_folder(folder)

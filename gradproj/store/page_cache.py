@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from gradproj.errors import damaged
+from gradproj.storage.object_path import ObjectPath
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -57,9 +58,14 @@ class LRUCache(Generic[K, V]):
         return key in self._items
 
 
-def map_file(path: Path) -> mmap.mmap | None:
-    """Map a file read-only. Returns None if it does not exist; an empty file is a StoreError."""
+def map_file(path: Path) -> mmap.mmap | bytes | None:
+    """Map a file read-only, or read an object of a bucket.
+
+    Returns None if it does not exist; an empty file is a StoreError.
+    """
     try:
+        if isinstance(path, ObjectPath):
+            return path.read_bytes()
         with open(path, "rb") as file:
             return _map(file.fileno(), path)
     except FileNotFoundError:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gradproj.analysis import Preconditioner, QuerySets
@@ -19,6 +18,7 @@ from gradproj.errors import StoreError
 from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Session:
 
     def index(self, config: RecordedRunArgs) -> CorpusIndex:
         """Return where the documents are; ``CorpusError`` if the tars are not there."""
-        return self._keep(("index",), lambda: recorded_index(Path(config.output), config.shards))
+        return self._keep(("index",), lambda: recorded_index(path_of(config.output), config.shards))
 
     def preconditioner(
         self,
