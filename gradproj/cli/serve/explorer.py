@@ -1,5 +1,6 @@
 """One output as the server sees it: answers of ``query``, data of ``report`` and ``status``."""
 
+import contextlib
 import functools
 import json
 import time
@@ -119,17 +120,23 @@ class OutputExplorer:
     # --- questions ---
 
     def load(self) -> None:
-        """Load model, curvature and compiled loops, so that the first answer needs none of it."""
+        """Load model, curvature and compiled loops, so that the first answer needs none of it.
+
+        The text index of a small store is made, too.
+        """
 
         class FirstBlock(AnswerWatch):
             def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
                 raise _Warm
 
-        asked = Asked.of({"text": "a first text", "top_k": 1, "bottom_k": 0}, 100)
-        try:
-            self._answered(asked, FirstBlock())
-        except _Warm:
+        first = {"text": "a first text", "top_k": 1, "bottom_k": 0}
+        with self.session.open_store() as store:
+            is_small = len(store) <= SMALL and is_job_store(store)
+        if is_small:
+            self._answered(Asked.of({**first, "text_matches": True}, 100), AnswerWatch())
             return
+        with contextlib.suppress(_Warm):
+            self._answered(Asked.of(first, 100), FirstBlock())
 
     def answer(self, question: dict[str, Any], control: ScanControl) -> Event:
         found, notes = self._ask(question, control)
