@@ -1,13 +1,15 @@
-"""Formats text for people: untrusted text for a terminal, numbers, ranges and progress.
+"""Formats text for people: untrusted text for a terminal, numbers, tables, ranges and progress.
 
-Escaping for HTML is done by the report's templates. This module replaces characters that no
-escaping makes safe to show.
+In pages, templates escape texts; in notebooks, ``html_table`` does. This module replaces characters
+that no escaping makes safe to show.
 """
 
+import html
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import SupportsFloat, SupportsIndex, TypeVar
 
 from tqdm import tqdm
 
@@ -42,6 +44,43 @@ def clean_lines(text: str) -> str:
 def clean_piece(text: str) -> str:
     """Clean a part of a line: as ``clean``, with a blank for each white space, also at its ends."""
     return "".join(" " if c.isspace() else _printable(c) for c in text)
+
+
+class Html(str):
+    """Markup, every text in which is cleaned and escaped."""
+
+    __slots__ = ()
+
+
+def html_text(text: str) -> Html:
+    """Return a text as markup: cleaned and escaped."""
+    return Html(html.escape(clean(text)))
+
+
+def html_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], caption: str = ""
+) -> Html:
+    """Return a table for a notebook: numbers are formatted, texts cleaned and escaped.
+
+    A cell is a text, a number, None or ``Html``.
+    """
+    lines = [f"<caption>{html_text(caption)}</caption>"] if caption else []
+    named = "".join(f'<th style="text-align:left">{html_text(name)}</th>' for name in headings)
+    lines.append(f"<thead><tr>{named}</tr></thead><tbody>")
+    lines += [f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows]
+    return Html(f"<table>{''.join(lines)}</tbody></table>")
+
+
+def _html_cell(value: object) -> str:
+    if isinstance(value, str):
+        markup = value if isinstance(value, Html) else html_text(value)
+        return f'<td style="text-align:left">{markup}</td>'
+    text = ""
+    if isinstance(value, SupportsIndex):  # whole numbers, numpy's too
+        text = f"{value.__index__():,}"
+    elif isinstance(value, SupportsFloat) and math.isfinite(value):
+        text = f"{float(value):.4g}"
+    return f'<td style="text-align:right">{text}</td>'
 
 
 def escaped(name: str) -> str:

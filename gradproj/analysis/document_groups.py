@@ -13,11 +13,13 @@ from gradproj.analysis.score_blocks import Blocks, on_host, score_blocks
 from gradproj.analysis.top_k import TopK
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
-from gradproj.formatting import human_bytes
+from gradproj.formatting import html_table, human_bytes
 from gradproj.store import ProjectionStore
 
 MAX_BYTES = 2**31
 """Most memory of the sums and best documents of all groups."""
+_QUERIES_SHOWN, _GROUPS_SHOWN = 8, 40
+"""Of a table in a notebook."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class GroupScores:
     """``(Q, G, k)`` float32: their scores."""
     n_scored: int
     """Documents with a score, in a group or in none."""
+
+    def _repr_html_(self) -> str:
+        tables = []
+        for query in range(min(len(self.mean), _QUERIES_SHOWN)):
+            facts = self.mean[query], self.standard_error[query], self.n_documents
+            rows = [(self.names[n], *(x[n] for x in facts)) for n in self.order(query).tolist()]
+            headings = ("group", "mean", "standard error", "documents")
+            tables.append(html_table(headings, rows[:_GROUPS_SHOWN], f"query {query}"))
+        return "".join(tables)
 
     @classmethod
     def joined(cls, parts: Sequence["GroupScores"]) -> "GroupScores":

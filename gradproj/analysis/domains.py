@@ -14,6 +14,7 @@ from gradproj.analysis.row_blocks import Block
 from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_types import DOMAIN_SCORES, SCORES
 from gradproj.errors import ConfigError
+from gradproj.formatting import html_table
 from gradproj.store import ProjectionStore
 
 RANK_ROWS = 256
@@ -21,6 +22,8 @@ RANK_ROWS = 256
 RANK_BYTES = 2**29
 MIN_RANK_ROWS = 16
 _CACHED_ROWS = 32
+_MOST_SHOWN = 24
+"""Domains of which a notebook shows matrices."""
 _NO_HASH = np.uint64(2**64 - 1)
 
 
@@ -59,6 +62,20 @@ class DomainMatrix:
     n_read: int
     """Rows that were read, including documents without a domain. Fewer than the documents of
     status ok if shards are gone."""
+
+    def _repr_html_(self) -> str:
+        numbers = list(map(str, range(len(self.names))))
+        facts = self.n_rows, self.n_tokens, self.loss, self.grad_norm, self.effective_rank
+        headings = ("", "domain", "rows", "tokens", "loss", "norm", "effective rank")
+        tables = [html_table(headings, zip(numbers, self.names, *facts, strict=True))]
+        if len(numbers) <= _MOST_SHOWN:
+            for title, values in (
+                ("cosines", self.cosine),
+                (f"influence by {self.score}", self.influence),
+            ):
+                rows = [(number, *row) for number, row in zip(numbers, values, strict=True)]
+                tables.append(html_table(["", *numbers], rows, title))
+        return "".join(tables)
 
 
 def domain_matrix(store: ProjectionStore, **options: Unpack[ScanOptions]) -> DomainMatrix:

@@ -22,8 +22,12 @@ from gradproj.analysis.top_k import TopK
 from gradproj.analysis.watch import present_watch
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
+from gradproj.formatting import html_table
 from gradproj.kernels.device_copy import to_device
 from gradproj.store import ProjectionStore
+
+_QUERIES_SHOWN = 8
+"""Of a table in a notebook."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class TopDocuments:
     """``(Q, k)`` float32."""
     n_scored: int
     """Documents with a score. If they are fewer than requested, k equals ``n_scored``."""
+
+    def _repr_html_(self) -> str:
+        shown = range(min(len(self.ids), _QUERIES_SHOWN))
+        columns = [x[n].tolist() for n in shown for x in (self.ids, self.scores)]
+        headings = [f"query {n}: {what}" for n in shown for what in ("id", "score")]
+        caption = f"{self.n_scored:,} documents scored"
+        caption += f"; {len(self.ids):,} queries" if len(self.ids) > len(shown) else ""
+        return html_table(headings, zip(*columns, strict=True), caption)
 
 
 def score(

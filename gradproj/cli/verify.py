@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +23,7 @@ from gradproj.maintenance.verify import (
     VerifyConfig,
     verify,
 )
+from gradproj.storage.object_path import path_of
 from gradproj.store.layout import METADATA_NAME
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _next_step(output: str) -> str:
     try:
         from gradproj.job.recorded import job_command  # imports torch
 
-        command = job_command(Path(output))
+        command = job_command(path_of(output))
     except StoreError:
         return "run the job's command again"
     return f"run the job's command again, with any number of ranks, as in: {command}"

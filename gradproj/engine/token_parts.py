@@ -115,7 +115,7 @@ row ``(D,)`` with it."""
 
 
 class _Pass:
-    """What all batches have in common."""
+    """The model, texts and matrices that all batches share."""
 
     def __init__(
         self,
@@ -140,9 +140,9 @@ class _Pass:
         """Run some sequences as one batch."""
         found = [self._sequences[i] for i in numbers]
         sizes = [len(self._chosen[sequence.owner]) for sequence in found]
-        zeros = {"dtype": torch.float64, "device": self._device}
-        of_tokens = [torch.zeros(m, len(x), **zeros) for m, x in zip(sizes, found, strict=True)]
-        of_layers = [torch.zeros(m, self._n_layers, **zeros) for m in sizes]
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        of_tokens = [zero.new_zeros(m, len(x)) for m, x in zip(sizes, found, strict=True)]
+        of_layers = [zero.new_zeros(m, self._n_layers) for m in sizes]
 
         def visit(index: int, a: Tensor, g: Tensor) -> None:
             if index not in self._matrices:

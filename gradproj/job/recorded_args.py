@@ -1,10 +1,15 @@
 """Settings of the commands that load a job's model again from its output directory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from gradproj.flags import DEVICES, Flags, flag
 
-OUTPUT_HELP = "Output directory of a job (its --output_dir)."
+
+def output_flag() -> Any:
+    """Declare ``OUTPUT``, the first argument of a command that reads a job's output."""
+    about = "Output directory of a job (its --output_dir)."
+    return flag(about, name="OUTPUT", positional=True, path="DIR", remote=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +19,7 @@ class RecordedRunArgs(Flags, title="recorded inputs"):
     The output records the job's settings. What may run code is the caller's decision.
     """
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    output: str = output_flag()
     model: str = flag("The job's model, if it has moved: DIR or FILE.gguf.", "", path="DIR|FILE")
     tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "", path="DIR")
     shards: str = flag("The job's tars, if they have moved.", "", path="TARS", remote=True)

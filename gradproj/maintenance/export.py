@@ -16,7 +16,7 @@ from gradproj.engine.projection_files import write_projection_file
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.flags import Flags, flag
-from gradproj.job.recorded_args import OUTPUT_HELP
+from gradproj.job.recorded_args import output_flag
 from gradproj.store import STATUS, HiddenStates, ProjectionStore
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import METADATA_NAME
@@ -26,7 +26,7 @@ from gradproj.store.layout import METADATA_NAME
 class ExportConfig(Flags, title="files"):
     """Which rows to write where."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    output: str = output_flag()
     to: str = flag(
         "Directory for the files; new or empty.",
         required="give a folder for the files",

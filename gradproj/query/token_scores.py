@@ -24,13 +24,15 @@ from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.model.token_texts import TokenText, TokenTexts
 from gradproj.query.projector import QueryProjector, QueryRows
 
+MAX_TOKENS = 2**17
+"""Of a document that is split; a longer one is of use to no reader of its tokens."""
 _ROW_BYTES = 2**30
 """Most bytes of documents' rows at once; more documents take several groups of queries."""
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """What a document's score for a query, or for a set of them, is made up of."""
+    """Parts of a document's score for a query, or for a set of them."""
 
     score: float
     """Of the recomputed row, with ``head``."""
@@ -52,10 +54,11 @@ class TokenScores:
     has_head: bool
     documents: dict[int, list[TokenText]] = field(default_factory=dict)
     """Sample id -> the tokens that its row covers."""
-    queries: list[list[TokenText]] = field(default_factory=list)
-    """Of each query; empty if its tokens were not split."""
+    queries: dict[int, list[TokenText]] = field(default_factory=dict)
+    """Number of a query -> its tokens, if they were split."""
     found: dict[tuple[int, int], TokenScore] = field(default_factory=dict)
-    """(Number of the query or set, sample id) -> its parts."""
+    """(Number of the query or set, sample id) -> its parts; none of documents of more than
+    ``MAX_TOKENS``."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class TokenSplitter:
             if not len(group.ids):
                 continue
             group.split_documents()
-            if self.projector is not None and not has_sets:
+            if len(group.ids) and self.projector is not None and not has_sets:
                 group.split_queries(rows)
         return found
 
@@ -117,13 +120,19 @@ class _Group:
         self._splitter, self._scan, self._prepared = splitter, scan, prepared
         self._found, self._listed, self._first = found, listed, first
         self.ids = np.unique(np.concatenate([*listed, np.empty(0, np.int64)]))
+        self._subjects: dict[int, list[int]] = {i: [] for i in self.ids.tolist()}
+        for number, ids in enumerate(listed):
+            for i in ids.tolist():
+                self._subjects[i].append(number)
         self._columns = _columns(scan)
         self._is_mean = stored_reduction(scan.store) == "mean"
 
     def split_documents(self) -> None:
         """Run the documents, and note what their tokens and layers add to each score."""
         made, prepared, scan = self._splitter.recorded, self._prepared, self._scan
-        sequences, texts = self._splitter.documents.with_texts(self.ids)
+        self.ids, sequences, texts = self._splitter.documents.with_texts(self.ids, MAX_TOKENS)
+        if not len(self.ids):
+            return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]
         matrices = pulled_back(prepared.weights.cpu(), self._columns, scan.store.basis)
         split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
@@ -145,9 +154,7 @@ class _Group:
         for place, sample_id in enumerate(self.ids.tolist()):
             parts = texts_of.summed(split, place)
             self._found.documents[sample_id] = texts_of.tokens(place)
-            for subject in range(len(self._listed)):
-                if sample_id not in self._listed[subject]:
-                    continue
+            for subject in self._subjects[sample_id]:
                 row = subject if best is None else int(best[subject, place])
                 signs = {row: 1.0}
                 if sets is not None and sets.n_control:
@@ -169,7 +176,7 @@ class _Group:
         """Return the numbers of the weights that a document is multiplied with, sorted."""
         if self._prepared.sets is not None:
             return np.arange(len(self._prepared.weights))
-        return np.array([n for n, ids in enumerate(self._listed) if sample_id in ids], np.int64)
+        return np.array(self._subjects[sample_id], np.int64)
 
     def split_queries(self, rows: QueryRows) -> None:
         """Run the queries, and note what their tokens add to the scores of their documents."""
@@ -180,7 +187,8 @@ class _Group:
         solved = scan.solved(self.rows.double()).double()
         largest = solved.abs().amax(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
         matrices = pulled_back(solved / largest[:, None], self._columns, scan.store.basis)
-        chosen = [np.searchsorted(self.ids, ids) for ids in self._listed]
+        listed = [ids[np.isin(ids, self.ids)] for ids in self._listed]
+        chosen = [np.searchsorted(self.ids, ids).astype(np.int64) for ids in listed]
         made = projector.recorded
         split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
         lengths = np.ones(len(asked))
@@ -188,9 +196,9 @@ class _Group:
             lengths = targets_by_owner(sequences, len(asked)).astype(np.float64)
         norms = self._query_norms(rows)
         texts_of = _Places(sequences, texts)
-        for subject, ids in enumerate(self._listed):
+        for subject, ids in enumerate(listed):
             parts = texts_of.summed(split, subject)
-            self._found.queries.append(texts_of.tokens(subject))
+            self._found.queries[self._first + subject] = texts_of.tokens(subject)
             for part, place, sample_id in zip(parts, chosen[subject], ids.tolist(), strict=True):
                 factor = float(self.scale[place] * largest[place]) / lengths[subject]
                 known = self._found.found[self._first + subject, sample_id]
@@ -226,16 +234,16 @@ class _Places:
 
     def tokens(self, owner: int) -> list[TokenText]:
         """Return the tokens that the owner's sequences cover."""
-        return [self._texts[owner].tokens[place] for place in self._covered(owner).tolist()]
+        return [self._texts[owner][place] for place in self._covered(owner).tolist()]
 
     def summed(self, split: SplitTexts, owner: int) -> np.ndarray:
         """Return the parts of these tokens, ``(m, T)``; that of two windows is their sum."""
         covered, n = self._covered(owner), len(split.layers[owner])
         total = np.zeros((n, len(covered)))
         for number in self._of[owner]:
-            total[:, np.searchsorted(covered, self._sequences[number].places)] += split.parts[
-                number
-            ]
+            places = self._sequences[number].places
+            assert places is not None  # sequences with texts have them
+            total[:, np.searchsorted(covered, places).astype(np.int64)] += split.parts[number]
         return total
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from gradproj.formatting import clean
 from gradproj.report.svg import Drawing
-from gradproj.report.token_shading import Shaded, Shading
+from gradproj.report.token_shading import COLOURS, Shaded, Shading
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,12 @@ class Page:
 
 def render(page: Page) -> bytes:
     """Return the page as UTF-8 HTML."""
-    return _environment().get_template("report.html").render(page=page).encode("utf-8")
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(page=page, colours=COLOURS)
+        .encode("utf-8")
+    )
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Long work of a server, a scan each: a bounded number at once, a queue, cancel and a time limit.
 
-A scan runs in a thread and reports events; whoever asked for it reads them in the event loop. A
+A scan runs in a thread and reports events; the request that asked for it reads them in the event loop. A
 slow reader holds nothing up: of a kind of event, it gets the latest.
 """
 
@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ class QueueFull(GradprojError):
 
 @dataclass
 class ScanControl:
-    """What the thread of a scan reports to, and asks whether it should go on."""
+    """The thread's side of a scan: it posts events here and asks whether to go on."""
 
     deadline: float
     post: Callable[[Event], None]
@@ -66,7 +66,7 @@ class ScanQueue:
         """Numbers of scans that run and that wait."""
         return {"running": self._running, "waiting": len(self._waiting)}
 
-    async def events(self, work: Work) -> AsyncIterator[Event]:
+    async def events(self, work: Work) -> AsyncGenerator[Event, None]:
         """Wait for a place, run ``work`` and yield its events, ``queued`` ones before it starts.
 
         Closing the iterator cancels the scan: its thread ends at its next block.
@@ -98,7 +98,7 @@ class ScanQueue:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), QUEUE_NEWS_S)
 
-    async def _run(self, work: Work) -> AsyncIterator[Event]:
+    async def _run(self, work: Work) -> AsyncGenerator[Event, None]:
         latest: dict[str, Event] = {}
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
 

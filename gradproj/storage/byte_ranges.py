@@ -21,9 +21,9 @@ CONNECTIONS = 32
 """Requests of this process under way at once."""
 PART_BYTES = 2**22
 """Most bytes of a request: long beside the latency, and many of them to share the network."""
-AHEAD_BYTES = 2**26
-"""Bytes that a reader asks for ahead."""
-MAX_GAP_BYTES = 2**17
+AHEAD_BYTES = 2**27
+"""Most bytes that are asked for at once: ``CONNECTIONS`` parts."""
+MAX_GAP_BYTES = 2**16
 """Bytes read in vain rather than by a further request: about what the network carries in the time
 that a request costs when ``CONNECTIONS`` are under way."""
 
@@ -67,7 +67,7 @@ class RangeCache:
         limit: bytes of all ranges that are held or under way.
     """
 
-    def __init__(self, limit: int = 4 * AHEAD_BYTES) -> None:
+    def __init__(self, limit: int = 3 * AHEAD_BYTES) -> None:
         self._limit = limit
         self._lock = Lock()
         self._parts: dict[tuple[str, int], _Part] = {}  # of all objects, the oldest first
@@ -77,7 +77,7 @@ class RangeCache:
     @property
     def has_room(self) -> bool:
         """Whether a reader may ask for more than it needs next."""
-        return self._n_bytes < AHEAD_BYTES
+        return self._n_bytes < AHEAD_BYTES // 2
 
     def ask(self, name: str, ranges: Iterable[Range], fetch: Fetch) -> None:
         """Begin to fetch disjoint ranges of the object ``name``, the first ``AHEAD_BYTES`` of them.

@@ -7,7 +7,7 @@ A bucket has no folders, only keys: a folder exists as long as a key begins with
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import total_ordering
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 from gradproj.errors import ConfigError
 from gradproj.storage.address import Address, is_remote
 from gradproj.storage.bucket import open_bucket
+from gradproj.storage.byte_ranges import executor
 from gradproj.storage.stored_object import ObjectReader, StoredObject
 
 WRITABLE = ("s3", "gs", "az")
@@ -58,6 +59,20 @@ def names_in(folder: Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
+
+
+def read_each(paths: Sequence[Path]) -> list[bytes | OSError]:
+    """Return the content of each file, or why it cannot be read; of objects at the same time."""
+
+    def read(path: Path) -> bytes | OSError:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            return error
+
+    if len(paths) > 1 and isinstance(paths[0], ObjectPath):
+        return list(executor().map(read, paths))
+    return [read(path) for path in paths]
 
 
 Stamp = Any

@@ -70,6 +70,11 @@ class StoredObject:
         chunks = self._ask(lambda: list(self.store.list(self._prefix())))
         return self._without_own(meta["path"] for chunk in chunks for meta in chunk)
 
+    def etags_below(self) -> list[tuple[str, str]]:
+        """Return all keys below this one with their etags, in no order."""
+        chunks = self._ask(lambda: list(self.store.list(self._prefix())))
+        return [(meta["path"], meta["e_tag"] or "") for chunk in chunks for meta in chunk]
+
     def has_keys_below(self) -> bool:
         """Return whether some key lies below this one."""
 
@@ -106,13 +111,17 @@ class StoredObject:
 
     def read_range(self, start: int, stop: int, etag: str = "") -> bytes:
         """Return the bytes ``[start, stop)``, of the version ``etag`` if that is given."""
+        return bytes(self.read_buffer(start, stop, etag))
+
+    def read_buffer(self, start: int, stop: int, etag: str = "") -> memoryview:
+        """Return what ``read_range`` does, without a copy."""
         if stop <= start:
-            return b""
+            return memoryview(b"")
         options: dict[str, Any] = {"range": (start, stop)}
         if etag:
             options["if_match"] = etag
         try:
-            return self._ask(lambda: bytes(self.store.get(self.key, options=options).bytes()))
+            return memoryview(self._ask(lambda: self.store.get(self.key, options=options).bytes()))
         except Unchanged:
             raise StoreError(f"{self} has changed while it was read: start again") from None
 

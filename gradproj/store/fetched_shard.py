@@ -54,9 +54,9 @@ class FetchedShard(ShardRows):
     def index(self) -> ShardIndex:  # type: ignore[override]
         return self._opened.result()[0]
 
-    def _fetch(self, begin: int, end: int) -> bytes:
+    def _fetch(self, begin: int, end: int) -> memoryview:
         try:
-            data = self._object.read_range(begin, end, self._opened.result()[1])
+            data = self._object.read_buffer(begin, end, self._opened.result()[1])
         except FileNotFoundError:
             raise damaged(self._path, "it was deleted while it was read") from None
         if len(data) != end - begin:

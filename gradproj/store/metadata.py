@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
 from gradproj.storage.address import is_remote
-from gradproj.storage.object_path import ObjectPath, Stamp, path_of, read_if_changed
+from gradproj.storage.object_path import ObjectPath, Stamp, path_of, read_each, read_if_changed
 from gradproj.storage.publish import tree_exists
 from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.head_rows import HeadSegment
@@ -159,16 +159,20 @@ def head_of(
         return HeadSegment.of(attributes, layout.stored_width)
 
 
-def read_layout(store_path: Path) -> StoreLayout:
+def read_layout(store_path: Path, attributes: dict[str, Any] | None = None) -> StoreLayout:
     """Read the layout from the arrays' metadata, by any writer.
+
+    ``attributes`` are the group's, if they have been read.
 
     Raises:
         StoreError: an array is missing, or ``projections`` is not a sharded 2-D array of a known
             type.
     """
     path = store_path / "projections" / "zarr.json"
-    rows = _read_json(path, store_path)
-    columns = {name: _read_json(store_path / name / "zarr.json", store_path) for name in COLUMNS}
+    attributes = attributes or read_attributes(store_path)
+    files = [path, *(store_path / name / "zarr.json" for name in COLUMNS)]
+    rows, *of_columns = _read_jsons(files, store_path)
+    columns = dict(zip(COLUMNS, of_columns, strict=True))
     with _explained(store_path / "key" / "zarr.json"):
         key_bytes = columns["key"]["shape"][1]
     with _explained(store_path / "status" / "zarr.json"):
@@ -199,14 +203,13 @@ def read_layout(store_path: Path) -> StoreLayout:
             column_rows=column_rows,
         )
     if layout.proj_dtype == "uint8":
-        layout = _packed_layout(store_path, layout)
-    return replace(layout, hidden_width=_hidden_width(store_path, layout))
+        layout = _packed_layout(store_path, layout, attributes)
+    has_hidden = HIDDEN_STATE in attributes
+    return replace(layout, hidden_width=_hidden_width(store_path, layout) if has_hidden else 0)
 
 
 def _hidden_width(store_path: Path, layout: StoreLayout) -> int:
-    """Return the values of a hidden state; 0 for a store without them."""
-    if HIDDEN_STATE not in read_attributes(store_path):
-        return 0
+    """Return the values of a hidden state."""
     path = store_path / HIDDEN_STATE / "zarr.json"
     array = _read_json(path, store_path)
     with _explained(path):
@@ -217,10 +220,11 @@ def _hidden_width(store_path: Path, layout: StoreLayout) -> int:
         return int(width)
 
 
-def _packed_layout(store_path: Path, layout: StoreLayout) -> StoreLayout:
+def _packed_layout(
+    store_path: Path, layout: StoreLayout, attributes: dict[str, Any]
+) -> StoreLayout:
     """Complete the layout of packed rows from the group's attributes."""
     path = store_path / "zarr.json"
-    attributes = read_attributes(store_path)
     with _explained(path):
         layers, encoding = layers_of(attributes), attributes["encoding"]
         layout = replace(
@@ -266,16 +270,25 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read_json(path: Path, store_path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). "
-            f"{_WAY_OUT}"
-        ) from error
-    if not isinstance(content, dict):
-        raise _no_metadata(path, "it holds no JSON object")
-    return content
+    return _read_jsons([path], store_path)[0]
+
+
+def _read_jsons(paths: Sequence[Path], store_path: Path) -> list[dict[str, Any]]:
+    contents = []
+    for path, data in zip(paths, read_each(paths), strict=True):
+        try:
+            if isinstance(data, OSError):
+                raise data
+            content = json.loads(data)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). "
+                f"{_WAY_OUT}"
+            ) from error
+        if not isinstance(content, dict):
+            raise _no_metadata(path, "it holds no JSON object")
+        contents.append(content)
+    return contents
 
 
 def _no_metadata(path: Path, what: str) -> StoreError:

@@ -15,6 +15,7 @@ from gradproj.store.layer_arrays import unpack_layers
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
 from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
+from gradproj.store.notebook import store_html
 from gradproj.store.page_cache import LRUCache
 from gradproj.store.row_reader import Band, Missing, Rows
 from gradproj.store.selection import Selection, select_layers
@@ -46,7 +47,7 @@ class ProjectionStore:
     def __init__(self, path: str | Path, read_text: Callable[[int], str] | None = None) -> None:
         self.path = find_store(path)
         self.attributes: dict[str, Any] = read_attributes(self.path)
-        self.layout = read_layout(self.path)
+        self.layout = read_layout(self.path, self.attributes)
         self.layers: list[LayerSlice] = layers_of(self.attributes)
         self.domains: list[str] = list(self.attributes.get("domains", []))
         self._read_text = read_text or RecordedTexts(self.path.parent)
@@ -60,6 +61,9 @@ class ProjectionStore:
 
     def __repr__(self) -> str:
         return f"ProjectionStore({str(self.path)!r}: {len(self):,} rows of {self.dim:,} values)"
+
+    def _repr_html_(self) -> str:
+        return store_html(self)
 
     def __enter__(self) -> Self:
         return self
@@ -226,13 +230,12 @@ class ProjectionStore:
     def to_xarray(self, rows_per_chunk: int | None = None) -> "xr.Dataset":
         """Open the store as an ``xarray.Dataset`` of dask arrays, which read when computed.
 
-        ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN for missing rows; ``layer``
-        is an index of the values (``.sel(layer=NAME)`` reads that layer only); ``loss``,
-        ``n_tokens``, ``grad_norm``, ``status``, ``tar``, ``domain`` and ``key`` are columns.
+        ``rows (sample, value)`` are float32, NaN for missing rows; ``layer`` is an index of the
+        values (``.sel(layer=NAME)`` reads that layer only). The columns have their own names.
 
         Args:
-            rows_per_chunk: samples of a dask chunk. Default: those of a shard. Each of dask's
-                threads holds a few chunks.
+            rows_per_chunk: of a dask chunk, of which each of its threads holds a few; default:
+                those of a shard.
 
         Raises:
             ConfigError: xarray or dask is not installed.
@@ -301,11 +304,7 @@ class ProjectionStore:
             raise damaged(self.path / name, str(error)) from error
 
     def array(self, name: str) -> np.ndarray:
-        """Read a small array of the group whole, such as ``projection_matrices``.
-
-        Raises:
-            StoreError: there is no such array, or it is damaged.
-        """
+        """Read a small array whole; ``StoreError`` if there is none, or it is damaged."""
         if not (self.path / name / "zarr.json").is_file():
             raise StoreError(
                 f"{self.path} has no array {name!r}. If a job wrote this store, run "

@@ -55,8 +55,11 @@ class Shards:
 
     @property
     def bytes_ahead(self) -> int:
-        """Bytes that a scan asks for ahead, where the system does not read ahead enough."""
-        return 0 if self._ranges is None else AHEAD_BYTES
+        """Bytes that a scan asks for ahead, where the system does not read ahead enough.
+
+        With a band and a block more it is below ``AHEAD_BYTES``, so that all of it is asked for.
+        """
+        return 0 if self._ranges is None else AHEAD_BYTES * 3 // 4
 
     @property
     def units_ahead(self) -> int:
@@ -66,7 +69,7 @@ class Shards:
     def asks_for_whole_bands(self, selection: Selection) -> bool:
         """Return whether a scan asks for all rows of a band of chunks at once."""
         band_bytes = self.layout.chunk_rows * selection.width * self.layout.stored_dtype.itemsize
-        return 4 * band_bytes <= self.bytes_ahead
+        return 6 * band_bytes <= self.bytes_ahead
 
     def open_ahead(self, units: Iterable[int]) -> None:
         """Begin to open shards that are read soon, if that takes long."""

@@ -36,7 +36,10 @@ FORMS = [
     ({"text": B}, [(1, [[B]])]),
 ]
 """Fields of a document, and its texts ``(factor, parts)`` with the targets in lists."""
-QUERIES = ({"id": "text", "text": A}, {"id": "pair", "prompt": B, "completion": f" {C}"})
+QUERIES = (
+    {"id": "text", "text": A, "weight": 2},
+    {"id": "pair", "prompt": B, "completion": f" {C}"},
+)
 CURVATURES = {
     "kfac": "kfac", "ekfac": "ekfac", "preconditioned": "second_moment", "relatif": "kfac",
     "dot": None, "cosine": None,
@@ -148,7 +151,7 @@ def signs(tmp_path_factory):
 def query_texts(made):
     whole, cut = made.tokenizer(A).input_ids, made.tokenizer(f"{B} {C}").input_ids
     n = len(made.tokenizer(B).input_ids)
-    return [(1, whole, [True] * len(whole))], [(1, cut, [i >= n for i in range(len(cut))])]
+    return [(2, whole, [True] * len(whole))], [(1, cut, [i >= n for i in range(len(cut))])]
 
 
 def plain(made, rows):
@@ -325,3 +328,27 @@ def test_table_names_the_largest_tokens_of_document_and_query(dense, ask):
 def test_what_has_no_parts_is_refused_before_the_scan(dense, ask, words, message, monkeypatch):
     monkeypatch.setattr(ProjectionStore, "scan_bands", None)
     assert re.search(message, ask.mistake(dense.output, "--text", A, "--tokens", *words))
+
+
+def test_documents_of_too_many_tokens_are_listed_and_not_split(dense, ask, monkeypatch):
+    words = ["--text", A, "--tokens", "--score", "cosine", "--top_k", 68, "--bottom_k", 0]
+    whole = ask.objects(dense.output, *words)
+    monkeypatch.setattr(token_scores, "MAX_TOKENS", 6)
+    hits = ask.objects(dense.output, *words)
+    assert [hit["id"] for hit in hits] == [hit["id"] for hit in whole]
+    long = [len(hit["tokens"]) > 6 for hit in whole]
+    assert 0 < sum(long) < len(long)
+    for hit, before, is_long in zip(hits, whole, long, strict=True):
+        assert hit.keys() == before.keys()
+        if is_long:
+            assert hit["recomputed_score"] is hit["tokens"] is hit["query_tokens"] is None
+        else:
+            assert parts_of_hit(hit) == pytest.approx(parts_of_hit(before), rel=1e-4, abs=1e-6)
+    lines, _ = ask(dense.output, *words)
+    assert sum("not split" in line for line in lines) == sum(long)
+
+
+def test_a_store_of_a_training_run_is_refused(dense, ask, monkeypatch):
+    monkeypatch.setattr("gradproj.cli.query.tokens.is_job_store", lambda store: False)
+    message = ask.mistake(dense.output, "--query_store", dense.output, "--tokens")
+    assert "rows of a training run are of the weights of their step" in message

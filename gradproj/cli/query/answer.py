@@ -7,6 +7,7 @@ import numpy as np
 
 from gradproj.analysis.ranking import Ranking
 from gradproj.cli.query.groups import Grouped
+from gradproj.cli.query.notebook import answer_html
 from gradproj.cli.query.rescore import FirstStage
 from gradproj.cli.query.subjects import Subjects
 from gradproj.cli.query.summary import Summary
@@ -54,6 +55,9 @@ class Answer:
     """Set with ``--by``."""
     tokens: TokenScores | None = None
     """Set with ``--tokens``, on rank 0."""
+
+    def _repr_html_(self) -> str:
+        return answer_html(self)
 
     @property
     def dampings(self) -> list[float | str | None]:

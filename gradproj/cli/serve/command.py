@@ -23,7 +23,7 @@ MIN_TOKEN = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(RecordedRunArgs, title="serve"):
-    """What is served, where, to whom, and how much at once."""
+    """The outputs, the address, the clients and the limits."""
 
     others: tuple[str, ...] = flag(
         "Further outputs, to be asked side by side.",

@@ -1,4 +1,4 @@
-"""What the server asks about one output, answered by a session of ``query`` and by ``report``."""
+"""One output as the server sees it: answers of ``query``, data of ``report`` and ``status``."""
 
 import functools
 import json
