@@ -34,7 +34,7 @@ END
 # Telemetry is on by default, and without -ip it listens beyond the loopback.
 "$weed" server -dir="$folder" -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false \
     -master.port="$(free_port)" -master.volumeSizeLimitMB=64 -volume.port="$(free_port)" \
-    -volume.max=20 -volume.preStopSeconds=0 -filer -filer.port="$(free_port)" -s3 \
+    -volume.max=1000 -volume.preStopSeconds=0 -filer -filer.port="$(free_port)" -s3 \
     -s3.port="$port" -s3.port.iceberg=0 -s3.port.lance=0 -s3.config="$folder/s3.json" \
     >"$folder/log" 2>&1 &
 server=$!

@@ -16,9 +16,10 @@ from gradproj.coordinator.heartbeats import Pace
 from gradproj.coordinator.process_id import Owner
 from gradproj.errors import StoreError
 from gradproj.files import crc32c
+from gradproj.storage.folders import delete_tree, read_or_none
 from gradproj.storage.object_path import names_in
 from gradproj.storage.probe import PROBE_DIR
-from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, delete_tree, read_or_none
+from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher
 from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import decode_record, encode_record, record_name

@@ -28,8 +28,9 @@ from gradproj.maintenance.repair import repair
 from gradproj.maintenance.verify import verify
 from gradproj.storage import object_path
 from gradproj.storage.address import Address
+from gradproj.storage.folders import delete_tree
 from gradproj.storage.object_path import ObjectPath
-from gradproj.storage.publish import delete_tree, replace
+from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
 from gradproj.store.unit_record import list_records, read_record, record_name
 
