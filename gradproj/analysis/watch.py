@@ -1,8 +1,8 @@
 """Watching the scans of one thread: their progress, what they have found so far, and an early end.
 
 A scan is far from the code that shows it, below the queries, curvature, sets and parts of a score.
-So whoever wants to watch says so for a block of code, and every scan within it reports: those of an
-answer, and those that it needs beforehand, such as the fit of a second moment.
+So a watch is named for a block of code, and every scan within it reports: those of an answer, and
+those that it needs beforehand, such as the fit of a second moment.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 class ScanWatch:
-    """What a scan calls between its blocks; an exception from either method ends the scan."""
+    """Called by a scan between its blocks; an exception from either method ends the scan."""
 
     def advanced(self, n_done: int, n_total: int) -> None:
         """``n_done`` of the scan's ``n_total`` samples are done."""

@@ -24,8 +24,8 @@ def prepare_command(argv: list[str]) -> None:
         from gradproj.model.tokenize_ahead import TokenizeAhead  # imports torch
 
         for location in config.inputs:
-            check_input(location)  # before a tokenizer is loaded
-        sizes = [input_bytes(location) for location in config.inputs]
+            check_input(location, config.anonymous)  # before a tokenizer is loaded
+        sizes = [input_bytes(location, config.anonymous) for location in config.inputs]
         known = [size for size in sizes if size is not None]
         tokenizer = TokenizeAhead(ahead, sum(known) if len(known) == len(sizes) else None)
     report = prepare(config, tokenizer=tokenizer)

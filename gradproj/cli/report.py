@@ -14,7 +14,6 @@ from gradproj.cli.query.split import split_scores, splitter_of
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, CorpusError, GradprojError
-from gradproj.files import make_folder, write_result
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_index
@@ -31,6 +30,8 @@ from gradproj.report.document_tables import (
 from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
 from gradproj.report.token_shading import Scale, query_shading, shading_of
+from gradproj.storage.object_path import path_of
+from gradproj.storage.results import make_folder, write_result
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import REPORT_NAME
 from gradproj.store.texts import text_of
@@ -48,7 +49,11 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
         "JSONL file of queries, as for `query --queries`.", "", path="FILE", streams=True
     )
     page: str = flag(
-        "File of the page; default: OUTPUT/report.html.", "", renamed_from="output", path="FILE"
+        "File of the page; default: OUTPUT/report.html.",
+        "",
+        renamed_from="output",
+        path="FILE",
+        remote=True,
     )
     top_k: int = flag(
         "Number of documents in a table.",
@@ -79,6 +84,7 @@ def report_command(argv: list[str]) -> None:
         ReportConfig,
         description="One HTML page on a store: run, domains, outliers, answers to queries.",
     )
+    config.apply()
     path = report(config)
     print(
         f"{path} written, {human_bytes(path.stat().st_size)}; open it in any browser, it needs no "
@@ -97,7 +103,7 @@ def report(config: ReportConfig) -> Path:
     with ProjectionStore(config.output) as store:
         # OUTPUT may name the store's own directory.
         config = replace(config, output=str(store.path.parent))
-        path = Path(config.page or store.path.parent / REPORT_NAME)
+        path = path_of(config.page or store.path.parent / REPORT_NAME)
         if path.is_dir():
             raise ConfigError(
                 f"--page {path} is a folder; name a file, such as {path / 'report.html'}"
@@ -133,7 +139,7 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
         CorpusError: ``--shards`` was given and has no tars of the corpus.
     """
     try:
-        index = recorded_index(Path(config.output), config.shards)
+        index = recorded_index(path_of(config.output), config.shards)
     except GradprojError as error:
         if config.shards:
             raise

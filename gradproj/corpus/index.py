@@ -17,7 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradproj.corpus.tar.paths import some
-from gradproj.corpus.tar.places import check_unchanged, is_other_content, present_facts
+from gradproj.corpus.tar.places import (
+    check_all_finished,
+    check_unchanged,
+    is_other_content,
+    present_facts,
+)
 from gradproj.corpus.tar.scan import MAX_DOMAINS, READ_SUFFIXES, TarFacts
 from gradproj.corpus.tar.scan_journal import ScanJournal
 from gradproj.corpus.tar.scan_pool import scan_tars
@@ -187,6 +192,7 @@ def build_index(
     if not paths:
         raise CorpusError("there is no tar to index")
     paths = [path if isinstance(path, Address) else Path(os.path.abspath(path)) for path in paths]
+    check_all_finished(paths)
     before = present_facts(paths)
     journal = journal or ScanJournal(None)
     scanned = journal.scanned(paths, before, domain_field)
@@ -199,8 +205,8 @@ def build_index(
         progress,
         lambda i, facts: journal.note(paths[left[i]], before[left[i]], facts),
     )
-    for number, facts in zip(left, new, strict=True):
-        scanned[number] = facts
+    for number, new_facts in zip(left, new, strict=True):
+        scanned[number] = new_facts
     tars: list[Tar] = []
     start_id = 0
     for path, version, facts in zip(paths, before, scanned, strict=True):

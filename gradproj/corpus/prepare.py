@@ -21,8 +21,9 @@ from gradproj.corpus.inputs.records import InputReader
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.corpus.sources import check_input, input_bytes, read_records
+from gradproj.corpus.tar.remote_writer import tars_published
 from gradproj.corpus.tar.scan import MAX_DOMAINS
-from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
+from gradproj.corpus.tar.writer import DomainSpools, TarSequence
 from gradproj.corpus.tokenization import Tokenization, write_tokenization
 from gradproj.errors import CorpusError
 from gradproj.formatting import bounded
@@ -101,10 +102,10 @@ def prepare(
         StoreError: the output directory is not empty or cannot be written.
     """
     for location in config.inputs:
-        check_input(location)
-    with published(config.output_dir) as work:
+        check_input(location, config.anonymous)
+    with tars_published(config.output_dir) as (work, at_end):
         reader = _Documents(config, progress, tokenizer)
-        tars = TarSequence(work / "tars", config.samples_per_shard)
+        tars = TarSequence(work / "tars", config.samples_per_shard, at_end)
         if config.group_by_domain:
             _write_grouped(reader, tars, work / "spools", progress)
         else:
@@ -155,7 +156,7 @@ class _Documents:
         self._progress = progress
 
     def __iter__(self) -> Iterator[PackedDocument]:
-        sizes = [input_bytes(location) for location in self.config.inputs]
+        sizes = [input_bytes(each, self.config.anonymous) for each in self.config.inputs]
         file_sizes = [size for size in sizes if size is not None]
         total = sum(file_sizes) if len(file_sizes) == len(sizes) else None
         samples = self._samples(sizes)
@@ -180,7 +181,9 @@ class _Documents:
                 text_field, domain_field = "text", "meta.pile_set_name"
             roots = {name for f in (text_field, domain_field) for name in (f, f.partition(".")[0])}
             names = (*sorted(roots), "meta", *FIELDS)
-            reader = InputReader(location, names, self.config.token_rules)
+            reader = InputReader(
+                location, names, self.config.token_rules, anonymous=self.config.anonymous
+            )
             for record in read_records(reader):
                 place = f"{location}, {record.place}"
                 try:

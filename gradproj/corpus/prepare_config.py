@@ -19,17 +19,23 @@ class PrepareConfig(Flags, title="tars"):
         "perhaps with .gz, .bz2, .xz, .zst or .zstd), .parquet or .arrow, of token ids (.bin with "
         "or without .idx, .npy, .ds), - for JSON lines on standard input, "
         "hf:NAME[@CONFIG][:SPLIT] (also a local directory), a directory that save_to_disk wrote, "
-        "or stdlib: (this Python's library).",
+        "or stdlib: (this Python's library). Files may lie at an address (s3://, gs://, az://, "
+        "https://, hf://datasets/OWNER/NAME@REVISION/).",
         name="INPUT",
         positional=True,
         path="FILE",
+        remote=True,
         streams=True,
         required="name at least one file, hf:NAME or stdlib:",
     )
     output_dir: str = flag(
-        "Directory for the tars; new or empty.",
+        "Directory for the tars, on disk or in a bucket; new or empty.",
         required="name a folder for the tars",
         path="DIR",
+        remote=True,
+    )
+    anonymous: bool = as_in(
+        CorpusConfig, "anonymous", help="Read inputs of public buckets without credentials."
     )
     samples_per_shard: int = flag("Number of documents in a tar.", 10_000, minimum=1)
     text_field: str = flag(

@@ -19,6 +19,7 @@ import msgspec
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES
 from gradproj.corpus.inputs.compression import DAMAGE, DECOMPRESS
 from gradproj.corpus.inputs.records import InputReader, Record
+from gradproj.corpus.inputs.remote import fetched, input_facts, open_input
 from gradproj.corpus.inputs.tables import (
     read_arrow,
     read_hugging_face,
@@ -27,8 +28,8 @@ from gradproj.corpus.inputs.tables import (
 )
 from gradproj.corpus.inputs.tokens import COMPANIONS, TOKEN_INPUTS
 from gradproj.errors import ConfigError, CorpusError
-
-READ_BYTES = 1 << 20
+from gradproj.storage.address import Address, is_remote
+from gradproj.storage.stream import ObjectChanged
 
 
 def read_records(source: InputReader) -> Iterator[Record]:
@@ -39,9 +40,15 @@ def read_records(source: InputReader) -> Iterator[Record]:
         CorpusError: the input is missing, unreadable, damaged or cut short.
     """
     kind = source_kind(source.location)
-    check_input(source.location)
+    check_input(source.location, source.anonymous)
     try:
+        if is_remote(source.location) and SOURCES[kind] is not _read_json_lines:
+            with fetched(source, {".bin": (".idx",), ".ds": (".ds.index", ".ds.loss")}) as local:
+                yield from SOURCES[kind](local)
+            return
         yield from SOURCES[kind](source)
+    except ObjectChanged as error:
+        raise CorpusError(f"{source.location}: changed while it was read: {error}") from None
     except OSError as error:
         raise CorpusError(
             f"{source.location}: cannot be read: {error.strerror or error}"
@@ -77,9 +84,13 @@ def source_kind(location: str) -> str:
     )
 
 
-def check_input(location: str) -> None:
+def check_input(location: str, anonymous: bool = False) -> None:
     """Raise ``CorpusError`` if an input file does not exist; a cheap check before any work."""
     if not source_kind(location).startswith("."):
+        return
+    if is_remote(location):
+        if input_facts(Address.parse(location, anonymous)) is None:
+            raise CorpusError(f"INPUT {location}: no such file; check the address")
         return
     if os.path.isdir(location):
         raise CorpusError(
@@ -91,8 +102,11 @@ def check_input(location: str) -> None:
         )
 
 
-def input_bytes(location: str) -> int | None:
-    """Return the size of an input file on disk; None if the input is not a regular file."""
+def input_bytes(location: str, anonymous: bool = False) -> int | None:
+    """Return the size of an input file; None if the input is not a regular file."""
+    if is_remote(location):
+        facts = input_facts(Address.parse(location, anonymous))
+        return None if facts is None else facts.size_bytes
     return os.path.getsize(location) if os.path.isfile(location) else None
 
 
@@ -102,11 +116,12 @@ def input_bytes(location: str) -> int | None:
 def _read_json_lines(source: InputReader) -> Iterator[Record]:
     ending = source_kind(source.location)
     suffix = next(s for s in sorted(DECOMPRESS, key=len, reverse=True) if ending.endswith(s))
-    with open(source.location, "rb", buffering=READ_BYTES) as file:
-        if file.seekable():  # not a pipe
+    file, n_bytes = open_input(source)
+    with file:
+        if n_bytes is not None:  # not a pipe
             source.position = file.tell
             # No lines at all compress to some bytes, but gzip and bz2 accept a file of 0 bytes.
-            if suffix and os.fstat(file.fileno()).st_size == 0:
+            if suffix and n_bytes == 0:
                 raise CorpusError(
                     f"{source.location}: the file has 0 bytes, so it is cut short; fetch it again"
                 )

@@ -40,7 +40,7 @@ class Coverage:
     not_selected: list[LeftOut]
     """Layers that ``--proj_layers`` could take."""
     not_projectable: list[LeftOut]
-    """Matrices that no rule describes, such as fused experts and convolutions."""
+    """Matrices that no rule describes, such as convolutions."""
     not_reached: list[LeftOut] = field(default_factory=list)
     """Layers through which no text passes, such as those of a vision tower."""
 

@@ -1,5 +1,6 @@
 """Ranks that share a model run their passes together, batch beside batch."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -83,21 +84,25 @@ class Lockstep:
         Raises:
             torch.OutOfMemoryError: in all of them, if one has too little memory.
         """
+        fits, _ = self._attempt(engine, run)
+        if self.agree(not fits):
+            raise torch.OutOfMemoryError("a rank of the group has too little memory for a batch")
+
+    def _attempt(self, engine: GradProjLoraEngine, run: Callable[[], T]) -> tuple[bool, T | None]:
+        """Run a pass; return whether it fits the memory here, and what it gave."""
         self.blocks.begin()
         try:
-            run()
+            result = run()
             self.blocks.complete()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            failed = True
         else:
-            failed = False
-        if failed:
-            clear_failed(engine)
-            self.blocks.give_up()
-        if self.agree(failed):
-            raise torch.OutOfMemoryError("a rank of the group has too little memory for a batch")
+            return True, result
+        # Outside of the except block, so that the error holds no tensors any more.
+        clear_failed(engine)
+        self.blocks.give_up()
+        return False, None
 
     @property
     def blocks(self) -> ShardedBlocks:
@@ -123,25 +128,13 @@ class Lockstep:
         done: list[tuple[np.ndarray, T | None]] = []
         while True:
             part = left.pop() if left else None
-            self.blocks.begin()
-            try:
-                result = self._run_for_nothing(model, engine) if part is None else run(part)
-                self.blocks.complete()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = True
+            if part is None:
+                self._attempt(engine, functools.partial(self._run_for_nothing, model, engine))
             else:
-                failed = False
-                if part is not None:
+                fits, result = self._attempt(engine, functools.partial(run, part))
+                if fits or len(part) == 1:
                     done.append((part, result))
-            if failed:
-                # Outside of the except block, so that the error holds no tensors any more.
-                clear_failed(engine)
-                self.blocks.give_up()
-                if part is not None and len(part) == 1:
-                    done.append((part, None))
-                elif part is not None:
+                else:
                     log.warning("out of memory with %d sequences: halving the batch", len(part))
                     left += [part[len(part) // 2 :], part[: len(part) // 2]]
             if not self.agree(bool(left)):

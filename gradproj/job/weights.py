@@ -8,7 +8,7 @@ from gradproj.formatting import human_bytes
 from gradproj.job.plan import Plan
 from gradproj.model.block_shards import PlacedBytes, placed_bytes
 from gradproj.model.config import MODEL_DTYPES
-from gradproj.model.loading import check_can_share, model_skeleton
+from gradproj.model.loading import loads_one_by_one, model_skeleton
 
 
 def weights_lines(plan: Plan, whole: int) -> list[str]:
@@ -33,9 +33,12 @@ def host_weight_bytes(plan: Plan, device: torch.device, whole: int) -> int:
     """Return the bytes of weights in a rank's host memory; on a GPU, those in transit or kept."""
     if (placed := _placed(plan, whole)) is None:
         return whole
-    if device.type != "cpu":
-        return placed.rest + (placed.share if plan.config.job.offload else 0)
-    return placed.rest + placed.share + placed.buffers
+    if device.type == "cpu":
+        kept, held = placed.share, placed.rest + placed.share + placed.buffers
+    else:
+        kept = placed.pinned if plan.config.job.offload else 0
+        held = placed.rest + kept
+    return held if loads_one_by_one(plan.files) else max(held, whole + kept)
 
 
 def gpu_weight_bytes(plan: Plan, whole: int) -> int:
@@ -48,13 +51,13 @@ def _placed(plan: Plan, whole: int) -> PlacedBytes | None:
     job = plan.config.job
     if job.ranks_per_model == 1 and not job.offload:
         return None
-    check_can_share(plan.files)
     skeleton = model_skeleton(plan.files).to(MODEL_DTYPES[plan.config.model.model_dtype])
     placed = placed_bytes(skeleton, job.ranks_per_model)
     # Layers that stay packed are those of blocks.
     packed = max(0.0, min(1.0, (whole - placed.rest) / max(1, placed.whole - placed.rest)))
-    share, buffers = int(packed * placed.share), int(packed * placed.buffers)
-    return replace(placed, whole=whole, share=share, buffers=buffers)
+    scaled = ("share", "pinned", "buffers")
+    sizes = {name: int(packed * getattr(placed, name)) for name in scaled}
+    return replace(placed, whole=whole, **sizes)
 
 
 def _on_device(plan: Plan, placed: PlacedBytes) -> int:

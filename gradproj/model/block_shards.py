@@ -114,6 +114,8 @@ class PlacedBytes:
     """Those that are in no block, or in several."""
     share: int
     """This rank's part of the blocks."""
+    pinned: int
+    """Its bytes in page-locked memory, where torch rounds each block up to a power of two."""
     buffers: int
     """Of the blocks that are put together at a time."""
 
@@ -123,9 +125,10 @@ def placed_bytes(model: nn.Module, n_ranks: int) -> PlacedBytes:
     blocks = blocks_of(model, n_ranks)
     whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     in_blocks = sum(weight.end - weight.start for block in blocks for weight in block.weights)
-    share = sum(block.n_bytes for block in blocks) // n_ranks
+    shares = [block.n_bytes // n_ranks for block in blocks]
+    pinned = sum(1 << (n_bytes - 1).bit_length() for n_bytes in shares if n_bytes)
     buffers = N_BUFFERS * max(block.n_bytes for block in blocks)
-    return PlacedBytes(whole, whole - in_blocks, share, buffers)
+    return PlacedBytes(whole, whole - in_blocks, sum(shares), pinned, buffers)
 
 
 class BlockShards:
@@ -179,7 +182,7 @@ class BlockShards:
         return True
 
     def check_taken(self, model: nn.Module) -> None:
-        """Raise ``ModelError`` if a block's weights stayed in the model, as quantized ones do."""
+        """Raise ``ModelError`` if a block's weights stayed in the model, of another dtype."""
         weights = dict(_weights_of(model))
         kept = [name for name in sorted(self.missing) if weights[name].dim() > 1]
         if kept:

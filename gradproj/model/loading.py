@@ -197,10 +197,9 @@ def load_shards(
         ``engine.sharded_blocks`` has put them together.
 
     Raises:
-        ModelError: see ``load_model``; or weights stay packed.
+        ModelError: see ``load_model``; or transformers marks no block of the model.
     """
-    check_can_share(files)
-    if _can_load_one_by_one(files):
+    if loads_one_by_one(files):
         dtype = MODEL_DTYPES[files.config.model_dtype]
         blocks = blocks_of(model_skeleton(files).to(dtype), n_ranks)
         shards = BlockShards(blocks, rank, n_ranks, home, pinned)
@@ -214,17 +213,8 @@ def load_shards(
     return model.requires_grad_(False).eval(), shards
 
 
-def check_can_share(files: ModelFiles) -> None:
-    """Raise ``ModelError`` for packed weights, which no rank can hold a share of."""
-    quantization = model_quantization(files)
-    if quantization is not None and quantization.stays_packed:
-        raise ModelError(
-            f"--ranks_per_model and --offload take no packed weights ({quantization.name}): leave "
-            "them out, or give --dequantize"
-        )
-
-
-def _can_load_one_by_one(files: ModelFiles) -> bool:
+def loads_one_by_one(files: ModelFiles) -> bool:
+    """Return whether ``load_shards`` never has the whole model in memory."""
     if files.adapter_dir is not None or files.config.init == "random":
         return False
     return model_quantization(files) is None

@@ -40,7 +40,7 @@ def overview_data(
     """Scan a store once, and its columns twice; return what the page of ``report`` shows of it.
 
     ``options`` are arguments of the scan, ``k`` the documents in a table. All words are as in the
-    store: whoever shows them escapes them. Raises as ``overview`` does.
+    store: the page that shows them escapes them. Raises as ``overview`` does.
     """
     counts = count_rows(store)
     seen = overview(store, k, **options)

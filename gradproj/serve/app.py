@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -24,7 +24,7 @@ from gradproj.errors import GradprojError
 from gradproj.formatting import clean
 from gradproj.serve.explorer import Explorer
 from gradproj.serve.guard import FILES_PREFIX, Guard
-from gradproj.serve.scans import Event, QueueFull, ScanQueue, Work
+from gradproj.serve.scans import Event, Events, QueueFull, ScanQueue, Work
 
 NDJSON = "application/x-ndjson"
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -35,7 +35,7 @@ _LARGEST_ID = 2**53
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask."""
+    """Hosts and tokens of the clients that may ask."""
 
     token: str = ""
     """Of every request for data; empty for none."""
@@ -170,10 +170,10 @@ class Server:
             return _problem(503, str(error), {"retry-after": "5"})
         return EventResponse(first, events, streams)
 
-    async def _logged(self, events: AsyncIterator[Event], what: str) -> AsyncIterator[Event]:
+    async def _logged(self, events: Events, what: str) -> Events:
         started, ended = time.monotonic(), "disconnected"
         try:
-            async with aclosing(events) as source:  # type: ignore[type-var]
+            async with aclosing(events) as source:
                 async for event in source:
                     if event["event"] in ("answer", "error"):
                         ended = event["event"]
@@ -198,7 +198,7 @@ class EventResponse(Response):
     A client that disconnects closes the events, which ends the scan.
     """
 
-    def __init__(self, first: Event, events: AsyncIterator[Event], streams: bool) -> None:
+    def __init__(self, first: Event, events: Events, streams: bool) -> None:
         self._first, self._events, self._streams = first, events, streams
         self.background = None
 
@@ -212,7 +212,7 @@ class EventResponse(Response):
             sending.cancel()
             with suppress(asyncio.CancelledError, OSError):
                 await sending
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
 
     async def _send(self, send: Send) -> None:
         if self._streams:

@@ -1,4 +1,4 @@
-"""What stands before the routes: who may ask, how much, and what a browser may do with the page."""
+"""Checks before the routes: who may ask, how much, and what a browser may do with the page."""
 
 import asyncio
 import ipaddress

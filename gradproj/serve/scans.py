@@ -1,14 +1,14 @@
 """Long work of a server, a scan each: a bounded number at once, a queue, cancel and a time limit.
 
-A scan runs in a thread and reports events; whoever asked for it reads them in the event loop. A
-slow reader holds nothing up: of a kind of event, it gets the latest.
+A scan runs in a thread and reports events; the request that asked for it reads them in the event
+loop. A slow reader holds nothing up: of a kind of event, it gets the latest.
 """
 
 import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from gradproj.errors import GradprojError
 
 Event = dict[str, Any]
 """An object of the stream: ``event`` is its kind."""
+Events = AsyncGenerator[Event, None]
 QUEUE_NEWS_S = 1.0
 """Seconds between two messages to one that waits, which also show whether it is still there."""
 
@@ -31,7 +32,7 @@ class QueueFull(GradprojError):
 
 @dataclass
 class ScanControl:
-    """What the thread of a scan reports to, and asks whether it should go on."""
+    """The thread's side of a scan: it posts events here and asks whether to go on."""
 
     deadline: float
     post: Callable[[Event], None]
@@ -66,7 +67,7 @@ class ScanQueue:
         """Numbers of scans that run and that wait."""
         return {"running": self._running, "waiting": len(self._waiting)}
 
-    async def events(self, work: Work) -> AsyncIterator[Event]:
+    async def events(self, work: Work) -> Events:
         """Wait for a place, run ``work`` and yield its events, ``queued`` ones before it starts.
 
         Closing the iterator cancels the scan: its thread ends at its next block.
@@ -98,7 +99,7 @@ class ScanQueue:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), QUEUE_NEWS_S)
 
-    async def _run(self, work: Work) -> AsyncIterator[Event]:
+    async def _run(self, work: Work) -> Events:
         latest: dict[str, Event] = {}
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
 

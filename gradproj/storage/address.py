@@ -108,6 +108,10 @@ class Address:
         """Return the address of another key of the same bucket."""
         return replace(self, key=key)
 
+    def resolve(self) -> "Address":
+        """Return the address: there are no links."""
+        return self
+
     def with_name(self, name: str) -> "Address":
         """Return the address with another name in the same folder."""
         return self.parent / name

@@ -43,7 +43,7 @@ def list_folder(folder: Address) -> dict[Address, ObjectFacts]:
 def facts(addresses: Sequence[Address]) -> dict[Address, ObjectFacts]:
     """Return the facts of files of one repository; those that do not exist are left out."""
     kind, name, revision = _parts(addresses[0])
-    found = {}
+    found: dict[Address, ObjectFacts] = {}
     for first in range(0, len(addresses), _PATHS_AT_ONCE):
         some = addresses[first : first + _PATHS_AT_ONCE]
         keys = [address.key for address in some]

@@ -24,7 +24,7 @@ class Stop(GradprojError):
 
 
 class Record(AnswerWatch):
-    """Notes what it is told, and stops a scan after so many calls of ``advanced``."""
+    """Keeps what a scan reports, and stops a scan after so many calls of ``advanced``."""
 
     def __init__(self, n_steps=None):
         self.n_steps, self.steps, self.ends, self.subjects = n_steps, [], [], None
@@ -61,7 +61,7 @@ def test_answers_of_a_session_are_those_of_query_in_any_order(output, ask):  # n
         found = answer(config(output, **QUESTIONS[number]), session, watch=watch)
         lines = list(json_lines(found))
         assert got.setdefault(number, lines) == lines
-        assert watch.ends, "nobody was told what was found"
+        assert watch.ends, "what was found was not reported"
         assert watch.steps[-1][0] == watch.steps[-1][1]
     for number, flags in enumerate(QUESTIONS):
         words = []

@@ -116,7 +116,7 @@ def test_attributes_replaced_while_being_read_are_read_again(
     tmp_path, monkeypatch, times, code, read
 ):
     make_store(tmp_path)
-    which, load, left = WhichStore(tmp_path / "projections.zarr"), json.load, [times]
+    which, load, left = WhichStore(tmp_path / "projections.zarr"), json.loads, [times]
 
     def stale(file):
         left[0] -= 1
@@ -124,7 +124,7 @@ def test_attributes_replaced_while_being_read_are_read_again(
             raise OSError(code, os.strerror(code))
         return load(file)
 
-    monkeypatch.setattr(json, "load", stale)
+    monkeypatch.setattr(json, "loads", stale)
     if read:
         assert which()[0] == IDENTITY
     else:

@@ -33,7 +33,9 @@ class HttpFiles:
     faults: deque = field(default_factory=deque)
     """Faults of the next GETs, each one of: a status such as 503, or ``(status, body)``;
     ``("cut", n)``, the connection ends after n bytes of the body; ``("stall", n, seconds)``, a
-    pause after n bytes."""
+    pause after n bytes; None, none."""
+    fails_head: bool = False
+    """Whether faults are those of HEADs too."""
     redirects: dict[str, str] = field(default_factory=dict)
     """Path to the address that a 302 names."""
     answers: dict[str, Callable[[bytes], object]] = field(default_factory=dict)
@@ -68,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         site = self.server.site
         path = unquote(urlsplit(self.path).path)
         site.requests.append(Request(self.command, self.path, dict(self.headers)))
-        fault = site.faults.popleft() if with_body and site.faults else None
+        fails = with_body or site.fails_head
+        fault = site.faults.popleft() if fails and site.faults else None
         if isinstance(fault, int):
             return self._send(fault, b"out of order")
         if fault and isinstance(fault[0], int):

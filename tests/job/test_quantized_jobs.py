@@ -1,9 +1,11 @@
 """Jobs of a quantized model: to the end, resumed, verified, queried after a move, diagnosed."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import assert_same_bits, flags, run_job
 from helpers.models import make_model
@@ -12,14 +14,17 @@ from helpers.quantized import SIZES, quantize
 from helpers.query_command import TEXT, QueryCommand
 
 from gradproj.__main__ import main
+from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ModelError
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.store import ProjectionStore
 from gradproj.training.config import TrainConfig
 from gradproj.training.loop import load_or_make_model
 
 pytest.importorskip("bitsandbytes", reason="the quantized extra is not installed")
 
-N_SAMPLES = 40
+CPU, N_SAMPLES = torch.device("cpu"), 40
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +71,12 @@ def test_quantization_on_load_is_part_of_the_identity(scene, tmp_path):
     assert "--quantize" in refused.stderr
 
 
-def test_packed_weights_are_not_shared_out(scene, tmp_path, capsys):
+def test_plan_counts_the_blocks_of_packed_weights(scene, tmp_path, capsys):
     given = {**scene.settings, "output_dir": tmp_path / "new", "device": "cpu", "offload": True}
-    assert main(["plan", *flags(**given)]) == 2
-    assert "or give --dequantize" in capsys.readouterr().err
+    assert main(["plan", *flags(**given)]) == 0
+    counted = re.search(r"; ([\d.]+) kB of blocks in the host's memory", capsys.readouterr().out)
+    _, blocks = load_in_blocks(fetch(ModelConfig(model=str(given["model"]))), CPU, None)
+    assert float(counted[1]) == pytest.approx(sum(map(len, blocks._shares)) / 1000, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from gradproj import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.selection import find_layers
+from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ConfigError, ModelError
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
@@ -292,6 +293,21 @@ def test_shares_of_a_dequantized_model_are_those_of_its_values(plain, tmp_path):
     }
     assert "model.layers.1.mlp.up_proj.weight" in shared
     assert all(torch.equal(value, exact[name]) for name, value in shared.items())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", *TORCHAO[:1]])
+def test_packed_weights_are_fetched_in_blocks_as_they_are(kind, quantized):
+    files = files_of(quantized(kind))
+    model, blocks = load_in_blocks(files, CPU, None)
+    packed = {name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert packed == {
+        weight.name.rpartition(".")[0]
+        for block in blocks._blocks
+        for weight in block.weights
+        if ".packed_" in weight.name
+    }
+    # A weight is unpacked into new memory, whose place may change a sum's rounding.
+    assert relative_error(rows_of(model)[1], rows_of(load_model(files, CPU))[1]) < 1e-5
 
 
 def test_random_weights_are_not_quantized(plain):

@@ -1,4 +1,4 @@
-"""What the server refuses before any route: hosts, origins, tokens, bodies."""
+"""Requests that the server refuses before any route: hosts, origins, tokens, bodies."""
 
 import asyncio
 import json

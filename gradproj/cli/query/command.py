@@ -53,6 +53,7 @@ def query_command(argv: list[str]) -> None:
             description="Rank the documents of a store by their scores for queries. Exactly one of "
             "--text, --queries and --query_store is required.",
         )
+        config.apply()
         with stop_signals(process), process_group(process):
             answer = query(config, process)
     if process.rank == 0:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gradproj.analysis import Preconditioner, QuerySets
@@ -19,6 +18,7 @@ from gradproj.errors import StoreError
 from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 
 T = TypeVar("T")
@@ -30,11 +30,11 @@ Texts = tuple[list[Query], QuerySets | None]
 
 
 class Session:
-    """What questions to one output have in common, each part loaded when one needs it, and kept.
+    """Parts that questions to one output have in common, each loaded when one needs it, and kept.
 
     These are the model with its engine, the curvatures, the tokenizer, and the index of the tars.
-    The store itself is opened anew for each question, in milliseconds, so that an answer counts the
-    rows that a running job has added. Threads may share a session: the model works for one of them
+    The store itself is opened again for each question, in milliseconds: an answer counts the rows
+    that a running job has added. Threads may share a session: the model works for one of them
     at a time, and their scans run side by side.
     """
 
@@ -77,7 +77,7 @@ class Session:
 
     def index(self, config: RecordedRunArgs) -> CorpusIndex:
         """Return where the documents are; ``CorpusError`` if the tars are not there."""
-        return self._keep(("index",), lambda: recorded_index(Path(config.output), config.shards))
+        return self._keep(("index",), lambda: recorded_index(path_of(config.output), config.shards))
 
     def preconditioner(
         self,
@@ -103,7 +103,7 @@ class Session:
 
 
 class AnswerWatch(ScanWatch):
-    """A watch of a question's scans that is told first what is asked."""
+    """A watch of a question's scans that first gets what is asked."""
 
     def asked(self, subjects: Subjects, damping: float | str | None) -> None:
         """The queries are projected; the first scan's scores are of them, by this damping."""

@@ -16,6 +16,9 @@ from gradproj.storage.listing import glob_objects, has_magic, list_folder, read_
 INDEX_NAME = "corpus.json"
 """The corpus index: beside the tars, and in an output directory."""
 
+UNFINISHED_NAME = "unfinished.json"
+"""Beside the tars of a bucket while they are written."""
+
 _MAX_NAMES = 10
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".tbz2", ".txz")
 
@@ -55,6 +58,15 @@ def list_tars(shards: str, flag: str = "--shards", anonymous: bool = False) -> l
         if first is not path:
             raise CorpusError(f"{given}: {path} comes twice (also as {first}); list every tar once")
     return paths
+
+
+def check_finished(folder: Location, is_marked: bool) -> None:
+    """Raise ``CorpusError`` if a folder has the mark of tars that are not all there yet."""
+    if is_marked:
+        raise CorpusError(
+            f"{folder}: its tars are not all there: a prepare still writes them, or was killed "
+            f"({UNFINISHED_NAME} says which); wait for it, or delete the folder and prepare again"
+        )
 
 
 def default_index_path(tars: Iterable[Location]) -> Location | None:
@@ -186,6 +198,7 @@ class _Remote:
 
     def _of_folder(self, folder: Address) -> list[Address]:
         objects = list(list_folder(folder))
+        check_finished(folder, folder / UNFINISHED_NAME in objects)
         tars = [address for address in objects if address.suffix == ".tar"]
         if not tars:
             raise _no_tar([address.name for address in objects], self._given)

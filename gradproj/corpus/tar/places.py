@@ -1,17 +1,17 @@
 """Where tars lie, on disk or remote: their present facts, their bytes, and files beside them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
-from gradproj.corpus.tar.paths import some
+from gradproj.corpus.tar.paths import UNFINISHED_NAME, check_finished, some
 from gradproj.errors import CorpusError
 from gradproj.storage.address import Address, Location
 from gradproj.storage.cache import FileCache
 from gradproj.storage.facts import ObjectFacts, differences
-from gradproj.storage.listing import all_facts, read_object
+from gradproj.storage.listing import all_facts, is_writable, read_object
 from gradproj.storage.stream import NoRanges, ObjectChanged, ObjectStream
 
 _AGAIN = (
@@ -103,6 +103,13 @@ def open_tar(tar: IndexedTar, start: int, stop: int, cache: FileCache | None) ->
     with file:
         file.seek(start)
         yield file
+
+
+def check_all_finished(places: Iterable[Location]) -> None:
+    """Raise ``CorpusError`` if a bucket's folder of these tars has not all its tars yet."""
+    for folder in dict.fromkeys(place.parent for place in places):
+        if isinstance(folder, Address) and is_writable(folder):
+            check_finished(folder, read_object(folder / UNFINISHED_NAME) is not None)
 
 
 def read_beside(path: Location) -> bytes | None:

@@ -50,7 +50,7 @@ class ScanJournal:
             found[entry.path, entry.version] = entry
         entries = [found.get((str(p), v)) for p, v in zip(paths, versions, strict=True)]
         self._content.entries = [entry for entry in entries if entry is not None]
-        return [entry and entry.facts for entry in entries]
+        return [entry.facts if entry else None for entry in entries]
 
     def note(self, path: Location, version: ObjectFacts, facts: TarFacts) -> None:
         """Keep the facts of a tar."""

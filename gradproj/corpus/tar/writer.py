@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -46,9 +46,18 @@ def tar_header(name: str, n_bytes: int) -> bytes:
 
 
 class TarSequence:
-    """Writes documents to ``shard-000000.tar`` and so on, in order. A finished tar is fsynced."""
+    """Writes documents to ``shard-000000.tar`` and so on, in order.
 
-    def __init__(self, folder: Path, samples_per_tar: int) -> None:
+    A finished tar is fsynced, and ``at_end`` is called with it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        samples_per_tar: int,
+        at_end: Callable[[Path], None] = lambda tar: None,
+    ) -> None:
+        self._at_end = at_end
         self.n_samples = self.n_tars = 0
         self._folder, self._samples_per_tar = folder, samples_per_tar
         self._n_in_tar = 0
@@ -79,6 +88,7 @@ class TarSequence:
             file.flush()
             os.fsync(file.fileno())
         self._file, self._n_in_tar = None, 0
+        self._at_end(Path(file.name))
 
 
 class DomainSpools:
@@ -187,14 +197,19 @@ def check_output(output: Path, given: str, command: str, is_file: bool = False) 
         raise StoreError(f"{given} is not a folder; give a new path")
     names = sorted(os.listdir(output))
     if names:
-        tars = [name for name in names if name.endswith(".tar")]
-        state = f"has {len(tars):,} tars already" if tars else "is not empty"
-        raise StoreError(
-            f"{given} {state} ({(tars or names)[0]}); {command} neither adds to a "
-            "corpus nor deletes one: give a new path, or remove the folder yourself"
-        )
+        raise StoreError(describe_content(given, names, command))
     if os.path.ismount(output):
         raise StoreError(f"{given} is a mount point and cannot be renamed to; name a folder in it")
+
+
+def describe_content(given: str, names: list[str], command: str) -> str:
+    """Return the message for a folder that has these names and should have none."""
+    tars = [name for name in names if name.endswith(".tar")]
+    state = f"has {len(tars):,} tars already" if tars else "is not empty"
+    return (
+        f"{given} {state} ({(tars or names)[0]}); {command} neither adds to a "
+        "corpus nor deletes one: give a new path, or remove the folder yourself"
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import { events } from "./api.js";
 import { download, el, whole } from "./dom.js";
-import { hitLists, picture } from "./hits.js";
+import { hitLists, picture, shadeLegend } from "./hits.js";
 
 const KINDS = { text: "Text", completion: "Prompt and completion", chat: "Chat turns" };
 const ROLES = ["system", "user", "assistant"];
@@ -156,6 +156,7 @@ export class Panel {
   meaning({ summary, notes }) {
     const loss = this.query?.loss;
     return [
+      this.asked.tokens && shadeLegend(),
       this.query && el("p", { class: "soft" }, `The query has ${whole(this.query.n_tokens)} target tokens${loss == null ? "" : `, loss ${loss.toFixed(3)} nats per token`}.`),
       el("details", {}, el("summary", {}, "What the scores mean"), el("pre", {}, summary.join("\n"), notes.length ? `\n\n${notes.join("\n")}` : "")),
     ].filter(Boolean);

@@ -48,6 +48,12 @@ function strip(layers) {
     "aria-label": `Parts of ${parts.length} layers; the largest is ${best[0]}, ${signed(best[1])}` }, cells);
 }
 
+// What the colours of tokens and layers mean.
+export function shadeLegend() {
+  const sample = (part) => { const made = el("i", {}); made.style.background = shade(part, 1); return made; };
+  return el("p", { class: "soft" }, el("span", { class: "shades" }, sample(1), " raises the document's score, ", sample(-1), " lowers it; the strips below the texts are the layers, the first one left"));
+}
+
 function excerptOf(hit) {
   if (hit.tokens?.length) {
     const [start, stop] = around(hit.tokens);

@@ -32,6 +32,7 @@ class DocumentMap {
         el("button", { type: "button", onclick: () => this.canvas.toBlob((blob) => download("map.png", blob)) }, "Save picture")),
       this.canvas, this.legend(), el("details", {}, el("summary", {}, `Documents in view (the first ${LISTED})`), this.list));
     place.append(news);
+    news.textContent = "";
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.canvas);
     new MutationObserver(() => this.draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
