@@ -6,7 +6,7 @@ one forward and backward pass of each text. The rows of these passes give the re
 the parts add up to; the stored row, rounded or packed, gave another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
