@@ -79,7 +79,7 @@ def split_texts(
         matrices: layer -> ``K (M, k_o * k_i)``; layers that it lacks have no part.
         chosen: for each owner the numbers ``(m,)`` of its matrices.
         batch: the job's batch settings.
-        done: called after each batch with its number of sequences.
+        done: called between batches with the number of sequences of the last one.
 
     Raises:
         ModelError: a layer's positions are not those of the tokens, or the device has no memory

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradproj.analysis.prepared_queries import PreparedQueries
 from gradproj.analysis.reduction import stored_reduction
@@ -165,7 +164,7 @@ class _Group:
             return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]
         matrices = pulled_back(prepared.weights.cpu(), self._columns, scan.store.basis)
-        split = _watched(made, sequences, matrices, chosen)
+        split = _split(made, sequences, matrices, chosen)
         lengths = np.ones(len(self.ids))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(self.ids)).astype(np.float64)
@@ -219,7 +218,8 @@ class _Group:
         matrices = pulled_back(solved / largest[:, None], self._columns, scan.store.basis)
         listed = [ids[np.isin(ids, self.ids)] for ids in self._listed]
         chosen = [np.searchsorted(self.ids, ids).astype(np.int64) for ids in listed]
-        split = _watched(projector.recorded, sequences, matrices, chosen)
+        made = projector.recorded
+        split = _split(made, sequences, matrices, chosen)
         lengths = np.ones(len(asked))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(asked)).astype(np.float64)
@@ -248,14 +248,14 @@ class _Group:
         return torch.where(norms > 0, norms, 1.0).numpy()
 
 
-def _watched(
+def _split(
     made: RecordedEngine,
     sequences: Sequence[TokenSequence],
-    matrices: Mapping[str, Tensor],
+    matrices: Mapping[str, torch.Tensor],
     chosen: Sequence[np.ndarray],
 ) -> SplitTexts:
-    """Split texts, with the progress of a scan: a watch of this thread may end it."""
-    with ScanProgress(len(sequences), None) as progress:
+    """Split texts, with news for the watch of this thread's scans."""
+    with ScanProgress(len(sequences), what="texts") as progress:
         return split_texts(
             made.model, made.engine, sequences, matrices, chosen, made.batch, progress.update
         )
