@@ -23,6 +23,7 @@ from gradproj.maintenance.verify import verify
 from gradproj.storage.object_path import path_of
 from gradproj.store.layout import FOLDERS
 from gradproj.store.metadata import store_exists
+from gradproj.store.unit_record import list_records
 
 SETTINGS = SMALL_JOB | {"rows_per_shard": 8, "proj_save_interval": 2, "device": "cpu"}
 SETTINGS |= {"encoding": "signs", "hidden_state": "mean"}
