@@ -27,9 +27,9 @@ from gradproj.report.document_tables import (
     documents_of,
     scaled_values,
 )
-from gradproj.report.number_format import digits, exponent_of
+from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
-from gradproj.report.token_shading import Shading, query_shading, shading_of
+from gradproj.report.token_shading import Scale, query_shading, shading_of
 from gradproj.storage.object_path import path_of
 from gradproj.storage.results import make_folder, write_result
 from gradproj.store import ProjectionStore
@@ -185,9 +185,9 @@ def answers_of(
         shading, shaded = None, []
         if tokens is not None and len(ids[0]):
             all_values = np.concatenate(values).tolist()
-            scale = exponent_of(all_values), max(map(abs, all_values))
-            shading = functools.partial(_shading, tokens, q, scale)
-            shaded = query_shading(tokens, q, ids[0].tolist(), *scale)
+            scale = Scale(all_values)
+            shading = functools.partial(shading_of, tokens, q, scale)
+            shaded = query_shading(tokens, q, ids[0].tolist(), scale)
         high, low = (
             documents_of(store, sample_ids, formatted, texts, BESIDE_CHARACTERS, shading)
             for sample_ids, formatted in zip(ids, scores, strict=True)
@@ -228,7 +228,3 @@ def _tokens(
     except (GradprojError, OSError) as error:
         texts.problem = texts.problem or f"Some texts are not shown by token: {error}"
         return None
-
-
-def _shading(tokens: TokenScores, query: int, scale: tuple[int, float], sample_id: int) -> Shading:
-    return shading_of(tokens, query, sample_id, *scale)

@@ -54,13 +54,18 @@ class RecordedDocuments:
         """
         return _owned(self._each(sample_ids, self._reader.sequences_of))
 
-    def with_texts(self, sample_ids: np.ndarray) -> tuple[list[TokenSequence], list[TokenTexts]]:
-        """Return the documents' sequences, with ``places``, and what their tokens stand for.
+    def with_texts(
+        self, sample_ids: np.ndarray, most: int
+    ) -> tuple[np.ndarray, list[TokenSequence], list[TokenTexts]]:
+        """Return the ids of documents of at most ``most`` tokens, their sequences, and texts.
 
-        Raises as ``sequences``.
+        The sequences have ``places``, and an owner is its document's place in the returned ids; the
+        texts are what its tokens stand for. Raises as ``sequences``.
         """
         made = self._each(sample_ids, self._reader.with_texts)
-        return _owned([sequences for sequences, _ in made]), [texts for _, texts in made]
+        fits = np.array([sum(map(len, sequences)) <= most for sequences, _ in made], bool)
+        kept = [each for each, fit in zip(made, fits, strict=True) if fit]
+        return sample_ids[fits], _owned([x for x, _ in kept]), [texts for _, texts in kept]
 
     def _each(self, sample_ids: np.ndarray, make: Callable[[Document], _Made]) -> list[_Made]:
         made = []

@@ -24,6 +24,8 @@ from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.model.token_texts import TokenText, TokenTexts
 from gradproj.query.projector import QueryProjector, QueryRows
 
+MAX_TOKENS = 2**17
+"""Of a document that is split; a longer one is of use to no reader of its tokens."""
 _ROW_BYTES = 2**30
 """Most bytes of documents' rows at once; more documents take several groups of queries."""
 
@@ -52,10 +54,11 @@ class TokenScores:
     has_head: bool
     documents: dict[int, list[TokenText]] = field(default_factory=dict)
     """Sample id -> the tokens that its row covers."""
-    queries: list[list[TokenText]] = field(default_factory=list)
-    """Of each query; empty if its tokens were not split."""
+    queries: dict[int, list[TokenText]] = field(default_factory=dict)
+    """Number of a query -> its tokens, if they were split."""
     found: dict[tuple[int, int], TokenScore] = field(default_factory=dict)
-    """(Number of the query or set, sample id) -> its parts."""
+    """(Number of the query or set, sample id) -> its parts; none of documents of more than
+    ``MAX_TOKENS``."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class TokenSplitter:
             if not len(group.ids):
                 continue
             group.split_documents()
-            if self.projector is not None and not has_sets:
+            if len(group.ids) and self.projector is not None and not has_sets:
                 group.split_queries(rows)
         return found
 
@@ -127,7 +130,9 @@ class _Group:
     def split_documents(self) -> None:
         """Run the documents, and note what their tokens and layers add to each score."""
         made, prepared, scan = self._splitter.recorded, self._prepared, self._scan
-        sequences, texts = self._splitter.documents.with_texts(self.ids)
+        self.ids, sequences, texts = self._splitter.documents.with_texts(self.ids, MAX_TOKENS)
+        if not len(self.ids):
+            return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]
         matrices = pulled_back(prepared.weights.cpu(), self._columns, scan.store.basis)
         split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
@@ -182,7 +187,8 @@ class _Group:
         solved = scan.solved(self.rows.double()).double()
         largest = solved.abs().amax(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
         matrices = pulled_back(solved / largest[:, None], self._columns, scan.store.basis)
-        chosen = [np.searchsorted(self.ids, ids) for ids in self._listed]
+        listed = [ids[np.isin(ids, self.ids)] for ids in self._listed]
+        chosen = [np.searchsorted(self.ids, ids).astype(np.int64) for ids in listed]
         made = projector.recorded
         split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
         lengths = np.ones(len(asked))
@@ -190,9 +196,9 @@ class _Group:
             lengths = targets_by_owner(sequences, len(asked)).astype(np.float64)
         norms = self._query_norms(rows)
         texts_of = _Places(sequences, texts)
-        for subject, ids in enumerate(self._listed):
+        for subject, ids in enumerate(listed):
             parts = texts_of.summed(split, subject)
-            self._found.queries.append(texts_of.tokens(subject))
+            self._found.queries[self._first + subject] = texts_of.tokens(subject)
             for part, place, sample_id in zip(parts, chosen[subject], ids.tolist(), strict=True):
                 factor = float(self.scale[place] * largest[place]) / lengths[subject]
                 known = self._found.found[self._first + subject, sample_id]
@@ -228,7 +234,7 @@ class _Places:
 
     def tokens(self, owner: int) -> list[TokenText]:
         """Return the tokens that the owner's sequences cover."""
-        return [self._texts[owner].tokens[place] for place in self._covered(owner).tolist()]
+        return [self._texts[owner][place] for place in self._covered(owner).tolist()]
 
     def summed(self, split: SplitTexts, owner: int) -> np.ndarray:
         """Return the parts of these tokens, ``(m, T)``; that of two windows is their sum."""

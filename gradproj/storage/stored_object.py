@@ -62,13 +62,13 @@ class StoredObject:
         found = self._ask(lambda: self.store.list_with_delimiter(self._prefix()))
         keys = list(found["common_prefixes"])
         if not folders_only:
-            keys += [meta["path"] for meta in found["objects"]]
+            keys += self._without_own(meta["path"] for meta in found["objects"])
         return sorted({key.rstrip("/").rpartition("/")[2] for key in keys})
 
     def keys_below(self) -> list[str]:
         """Return all keys below this one, in no order. One request for each 1,000 of them."""
         chunks = self._ask(lambda: list(self.store.list(self._prefix())))
-        return [meta["path"] for chunk in chunks for meta in chunk]
+        return self._without_own(meta["path"] for chunk in chunks for meta in chunk)
 
     def etags_below(self) -> list[tuple[str, str]]:
         """Return all keys below this one with their etags, in no order."""
@@ -78,10 +78,15 @@ class StoredObject:
     def has_keys_below(self) -> bool:
         """Return whether some key lies below this one."""
 
-        def first() -> Any:
-            return next(iter(self.store.list(self._prefix(), chunk_size=1)), None)
+        def first() -> list[str]:
+            chunk = next(iter(self.store.list(self._prefix(), chunk_size=2)), ())
+            return self._without_own(meta["path"] for meta in chunk)
 
         return bool(self._ask(first))
+
+    def _without_own(self, keys: Iterable[str]) -> list[str]:
+        """Leave out this key itself, which some stores list once a folder was made or emptied."""
+        return [key for key in keys if key.rstrip("/") != self.key]
 
     def _prefix(self) -> str | None:
         return f"{self.key}/" if self.key else None

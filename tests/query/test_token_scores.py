@@ -330,6 +330,24 @@ def test_what_has_no_parts_is_refused_before_the_scan(dense, ask, words, message
     assert re.search(message, ask.mistake(dense.output, "--text", A, "--tokens", *words))
 
 
+def test_documents_of_too_many_tokens_are_listed_and_not_split(dense, ask, monkeypatch):
+    words = ["--text", A, "--tokens", "--score", "cosine", "--top_k", 68, "--bottom_k", 0]
+    whole = ask.objects(dense.output, *words)
+    monkeypatch.setattr(token_scores, "MAX_TOKENS", 6)
+    hits = ask.objects(dense.output, *words)
+    assert [hit["id"] for hit in hits] == [hit["id"] for hit in whole]
+    long = [len(hit["tokens"]) > 6 for hit in whole]
+    assert 0 < sum(long) < len(long)
+    for hit, before, is_long in zip(hits, whole, long, strict=True):
+        assert hit.keys() == before.keys()
+        if is_long:
+            assert hit["recomputed_score"] is hit["tokens"] is hit["query_tokens"] is None
+        else:
+            assert parts_of_hit(hit) == pytest.approx(parts_of_hit(before), rel=1e-4, abs=1e-6)
+    lines, _ = ask(dense.output, *words)
+    assert sum("not split" in line for line in lines) == sum(long)
+
+
 def test_a_store_of_a_training_run_is_refused(dense, ask, monkeypatch):
     monkeypatch.setattr("gradproj.cli.query.tokens.is_job_store", lambda store: False)
     message = ask.mistake(dense.output, "--query_store", dense.output, "--tokens")

@@ -16,7 +16,7 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.model.token_texts import TokenText
 from gradproj.query import QueryProjector, QueryRows
-from gradproj.query.token_scores import TokenScores, TokenSplitter
+from gradproj.query.token_scores import MAX_TOKENS, TokenScores, TokenSplitter
 from gradproj.store import ProjectionStore
 
 _TOKENS_SHOWN, _LAYERS_SHOWN = 6, 3
@@ -75,9 +75,14 @@ def splitter_of(
 
 
 def token_fields(scores: TokenScores, number: int, sample_id: int) -> dict[str, Any]:
-    """Return what the JSON line of a hit has of its tokens and layers."""
-    found = scores.found[number, sample_id]
-    fields: dict[str, Any] = {"recomputed_score": found.score}
+    """Return what the JSON line of a hit has of its tokens and layers; null if it is too long."""
+    found = scores.found.get((number, sample_id))
+    names = ["recomputed_score", *["head_score"] * scores.has_head, "layers", "tokens"]
+    names += ["query_tokens"] * bool(scores.queries)
+    fields: dict[str, Any] = dict.fromkeys(names)
+    if found is None:
+        return fields
+    fields["recomputed_score"] = found.score
     if scores.has_head:
         fields["head_score"] = found.head
     fields["layers"] = dict(zip(scores.layers, found.layers.tolist(), strict=True))
@@ -98,7 +103,9 @@ def _tokens(tokens: Sequence[TokenText], parts: np.ndarray) -> list[dict[str, An
 
 def token_lines(scores: TokenScores, number: int, sample_id: int) -> list[str]:
     """Return the lines of the table below a hit: its score, and where most of it comes from."""
-    found = scores.found[number, sample_id]
+    found = scores.found.get((number, sample_id))
+    if found is None:
+        return [f"not split: it has more than {MAX_TOKENS:,} tokens"]
     best = np.argsort(-np.abs(found.layers), kind="stable")[:_LAYERS_SHOWN].tolist()
     shown = [f"{scores.layers[i]} {found.layers[i]:+.1e}" for i in best]
     shown += [f"head {found.head:+.1e}"] * scores.has_head
