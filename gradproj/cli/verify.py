@@ -199,6 +199,10 @@ def repair_lines(result: Repair, next_step: str) -> list[str]:
         lines.append(f"repaired      {n_recovered} meanwhile, by another process")
     if result.merged:
         lines.append("repaired      columns, sums and statistics merged again from sound records")
+    if result.orphans:
+        lines.append(
+            f"repaired      shards of {count(len(result.orphans), 'unit')} without a record"
+        )
     for unit, owner in result.held.items():
         lines.append(f"left          unit {unit} is claimed by {owner}. Then repair again")
     lines += [f"left          {d.path} {d.what}" for d in result.left if d.unit not in result.held]

@@ -92,6 +92,18 @@ class Commits(ABC):
         """Delete what was prepared for a unit that is committed, or given up under its claim."""
 
     @abstractmethod
+    def give_up(self, unit: int, layout: StoreLayout) -> None:
+        """Delete what makes a damaged unit's record one, before the record itself is deleted."""
+
+    @abstractmethod
+    def clean_up(self, unit: int, layout: StoreLayout) -> None:
+        """Delete the shards of a unit that was given up, long after its record."""
+
+    @abstractmethod
+    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
+        """Return those of ``units`` that have shards which nobody can commit or replace."""
+
+    @abstractmethod
     def remove_leftovers(self, committed: set[int]) -> set[str]:
         """Delete what dead processes left unpublished.
 

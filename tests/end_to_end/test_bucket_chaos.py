@@ -109,8 +109,8 @@ def test_kills_and_a_failing_network_leave_the_bytes_of_an_undisturbed_job(
             rng = np.random.default_rng([seed, tally.stores])
             launches = [Launch(ranks, output, environment, **settings) for _ in range(2)]
             fill(launches, output, rng, tally, wanted)
-            check(output, undisturbed, statistics)
             tally.faults = dict(proxy.met)
             with capsys.disabled():
                 minutes = (time.monotonic() - started) / 60
                 print(f"\nCHAOS_SEED={seed}, {minutes:.1f} min: {tally}", flush=True)
+            check(output, undisturbed, statistics)
