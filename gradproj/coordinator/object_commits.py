@@ -1,9 +1,10 @@
-"""Commits in a bucket: a put-if-absent decides, and whoever comes later helps.
+"""Commits in a bucket: a put-if-absent decides, and processes that come later help.
 
 A bucket has no renames, no locks and nothing that could be fenced. So claims only advise who should
 work, and the first shard of a unit's rows that gets its name decides what the unit is. Before its
 shard a process publishes everything else of the unit under a name with the shard's checksum. So
-whoever finds a shard can finish its unit, and nobody can finish it in another way: README.md.
+every process that finds a shard can finish its unit, and none can finish it in another way.
+README.md has the argument.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from gradproj.coordinator.heartbeats import Pace
 from gradproj.coordinator.process_id import Owner
 from gradproj.errors import StoreError
 from gradproj.files import crc32c
+from gradproj.storage.folders import delete_tree, read_or_none
 from gradproj.storage.object_path import names_in
 from gradproj.storage.probe import PROBE_DIR
-from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, delete_tree, read_or_none
+from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher
 from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import decode_record, encode_record, record_name

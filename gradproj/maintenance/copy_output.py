@@ -24,8 +24,9 @@ from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import read_activity
 from gradproj.storage.contents import files_below
 from gradproj.storage.copying import copy_file, size_or_none
+from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import names_in, path_of
-from gradproj.storage.publish import PREPARED_DIR, read_or_none, replace
+from gradproj.storage.publish import PREPARED_DIR, replace
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import (
     CLAIMS_DIR,

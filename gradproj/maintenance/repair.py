@@ -20,7 +20,7 @@ from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
-from gradproj.storage.publish import flush_folder
+from gradproj.storage.folders import flush_folder
 from gradproj.store.layout import METADATA_NAME, UNITS_DIR
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes

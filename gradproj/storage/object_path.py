@@ -91,7 +91,7 @@ def read_each(paths: Sequence[Path]) -> list[bytes | OSError]:
 
 
 Stamp = Any
-"""What tells two versions of a file or an object apart without reading them."""
+"""Tells two versions of a file or an object apart without reading them."""
 
 
 def read_if_changed(path: Path, stamp: Stamp) -> tuple[bytes, Stamp] | None:

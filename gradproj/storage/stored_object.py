@@ -17,7 +17,7 @@ from gradproj.storage.retry import retried
 
 T = TypeVar("T")
 Version = dict[str, str]
-"""What names a version of an object in a condition: its etag, on Google's stores its generation."""
+"""Names a version of an object in a condition: its etag, on Google's stores its generation."""
 
 
 class Unchanged(Exception):

@@ -1,7 +1,8 @@
-"""Laws of the protocol that hold on disk and in a bucket alike. Neither place is named below."""
+"""Claims, commits, merges and repairs on disk and in a bucket: the same tests for both."""
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 from helpers.faults import (
@@ -27,8 +28,9 @@ from gradproj.maintenance.repair import repair
 from gradproj.maintenance.verify import verify
 from gradproj.storage import object_path
 from gradproj.storage.address import Address
+from gradproj.storage.folders import delete_tree
 from gradproj.storage.object_path import ObjectPath
-from gradproj.storage.publish import delete_tree, replace
+from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
 from gradproj.store.unit_record import list_records, read_record, record_name
 
@@ -201,3 +203,28 @@ class TestCommits:
         for unit in range(layout.n_units):
             for name in (layout.shard_name(unit), record_name(unit)):
                 assert (output / name).read_bytes() == (tmp_path / "disk" / name).read_bytes()
+
+
+class Counted:
+    """A store that counts requests."""
+
+    def __init__(self):
+        self.store, self.requests = MemoryStore(), Counter()
+
+    def __getattr__(self, name):
+        self.requests[name.removesuffix("_with_delimiter")] += 1
+        return getattr(self.store, name)
+
+
+def test_requests_of_a_unit():
+    """The figures of the README."""
+    store = Counted()
+    output = ObjectPath(store, Address("s3", "memory")) / "out"
+    layout = make_store(output)
+    queue = queue_of(output, layout, 0)
+    units = queue.take()
+    next(units)
+    queue.commit(fake_rows(layout, next(units)))
+    store.requests.clear()
+    queue.commit(fake_rows(layout, next(units)))
+    assert store.requests == {"put": 4, "list": 3, "get": 2, "head": 7, "delete": 2}

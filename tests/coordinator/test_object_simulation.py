@@ -60,7 +60,7 @@ def sum_of(data):
 
 
 def check_unit(before, after):
-    """What is committed never changes, and is always whole."""
+    """Check that a committed unit never changes, and is always whole."""
     for key in (RECORD, SHARD, HIDDEN_SHARD):
         assert key not in before or after.get(key) == before[key], f"{key} changed"
     if RECORD in after:
@@ -72,7 +72,7 @@ def check_unit(before, after):
 
 
 def finishes(objects, committed):
-    """Whoever is left commits the unit, whatever was left by those that died."""
+    """Check that a process that is left commits the unit, whatever the dead have left."""
     assert RECORD in objects
 
 

@@ -32,7 +32,7 @@ LONGEST_S = 5.0
 
 
 class Tally:
-    """What has happened, over all stores."""
+    """Counts of kills, starts, stores and faults."""
 
     def __init__(self):
         self.kills = self.starts = self.stores = 0

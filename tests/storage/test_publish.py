@@ -9,17 +9,11 @@ from obstore.store import MemoryStore
 from gradproj.errors import StoreError
 from gradproj.storage import log_file as log_module
 from gradproj.storage.address import Address
+from gradproj.storage.folders import delete_tree, read_or_none, tree_exists
 from gradproj.storage.log_file import log_file
 from gradproj.storage.object_path import ObjectPath, names_in, path_of, read_if_changed
 from gradproj.storage.probe import check_conditional_writes
-from gradproj.storage.publish import (
-    ObjectPublisher,
-    Outdated,
-    delete_tree,
-    publisher_of,
-    read_or_none,
-    tree_exists,
-)
+from gradproj.storage.publish import ObjectPublisher, Outdated, publisher_of
 
 
 @pytest.fixture(params=["disk", "bucket"])
