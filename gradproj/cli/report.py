@@ -10,7 +10,7 @@ import numpy as np
 from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_types import DOMAIN_SCORES
 from gradproj.analysis.scores import both_ends_of
-from gradproj.cli.query.tokens import split_scores, splitter_of
+from gradproj.cli.query.split import split_scores, splitter_of
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, CorpusError, GradprojError
@@ -84,6 +84,7 @@ def report_command(argv: list[str]) -> None:
         ReportConfig,
         description="One HTML page on a store: run, domains, outliers, answers to queries.",
     )
+    config.apply()
     path = report(config)
     print(
         f"{path} written, {human_bytes(path.stat().st_size)}; open it in any browser, it needs no "

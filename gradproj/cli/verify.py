@@ -52,6 +52,7 @@ def verify_command(argv: list[str]) -> int:
         "no store there, or another model than the job's. With --repair it is the state afterwards."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
+    config.apply()
     verification, parts = verify(config.output, checksums=config.checksums), {}
     _print(config, verification_lines(verification) if config.checksums else [])
     if config.recompute:

@@ -36,7 +36,7 @@ class _Passage:
     ids: np.ndarray
     text: str
     bounds: list[int] | None
-    """Where the tokens' characters begin, and the end of the last; None if that is not known."""
+    """The tokens' beginnings in characters, and the last one's end; None if they are not known."""
     answer: str
 
 

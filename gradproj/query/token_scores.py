@@ -18,6 +18,7 @@ from gradproj.analysis.scan import Scan, select_layers
 from gradproj.analysis.score_blocks import RowScores
 from gradproj.analysis.score_types import SCORES
 from gradproj.engine.token_parts import SplitTexts, pulled_back, split_texts
+from gradproj.errors import ConfigError
 from gradproj.job.recorded import RecordedEngine
 from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.model.sequences import TokenSequence, targets_by_owner
@@ -59,6 +60,33 @@ class TokenScores:
     found: dict[tuple[int, int], TokenScore] = field(default_factory=dict)
     """(Number of the query or set, sample id) -> its parts; none of documents of more than
     ``MAX_TOKENS``."""
+
+    @classmethod
+    def summed(cls, parts: Sequence["TokenScores"], weights: Sequence[float]) -> "TokenScores":
+        """Return the weighted sum of the scores of the same documents at several checkpoints.
+
+        Raises:
+            ConfigError: tokenizers that split a text into other tokens.
+        """
+        first, total = parts[0], TokenScores(parts[0].layers, any(x.has_head for x in parts))
+        total.documents, total.queries = first.documents, first.queries
+        for other in parts[1:]:
+            if (other.documents, other.queries) != (first.documents, first.queries):
+                raise ConfigError(
+                    "the checkpoints' tokenizers split the texts into other tokens, so the scores "
+                    "of tokens cannot be added: leave --tokens out"
+                )
+        for key in first.found:
+            pairs = [(w, x.found[key]) for w, x in zip(weights, parts, strict=True)]
+            of_queries = [(w, x.query_parts) for w, x in pairs if x.query_parts is not None]
+            total.found[key] = TokenScore(
+                score=sum(w * x.score for w, x in pairs),
+                parts=np.sum([w * x.parts for w, x in pairs], axis=0),
+                layers=np.sum([w * x.layers for w, x in pairs], axis=0),
+                head=sum(w * x.head for w, x in pairs),
+                query_parts=np.sum([w * x for w, x in of_queries], axis=0) if of_queries else None,
+            )
+        return total
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from helpers.chat import chat_tokenizer, conversation, parts_of, tokens_of
 from helpers.corpora import make_corpus, mixed_documents, words
 from helpers.jobs import run_job
 from helpers.models import make_model
-from helpers.outputs import N_SAMPLES
+from helpers.outputs import N_SAMPLES, copy_of
 from helpers.query_command import ask, write_queries
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,17 +109,18 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def dense(job):
-    """The finished job: float16 rows of mean losses in no basis, cut at 24 tokens."""
+def dense(job, tmp_path_factory):
+    """A copy of the finished job: float16 rows of mean losses in no basis, cut at 24 tokens."""
+    output = copy_of(job.output, tmp_path_factory.mktemp("dense"))
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     texts = {}
-    with ProjectionStore(job.output) as store:
+    with ProjectionStore(output) as store:
         for number in (0, 7, 31):
             text = mixed_documents(N_SAMPLES)[number]["text"]
             ids = tokenizer(text).input_ids[:24]
             texts[number] = [(1, ids, [True] * len(ids))]
         yield SimpleNamespace(
-            output=job.output, store=store, reference=Reference(store, job.model),
+            output=output, store=store, reference=Reference(store, job.model),
             texts=texts, tokenizer=tokenizer, max_length=24,
         )  # fmt: skip
 
@@ -349,6 +350,6 @@ def test_documents_of_too_many_tokens_are_listed_and_not_split(dense, ask, monke
 
 
 def test_a_store_of_a_training_run_is_refused(dense, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.cli.query.tokens.is_job_store", lambda store: False)
+    monkeypatch.setattr("gradproj.cli.query.split.is_job_store", lambda store: False)
     message = ask.mistake(dense.output, "--query_store", dense.output, "--tokens")
     assert "rows of a training run are of the weights of their step" in message

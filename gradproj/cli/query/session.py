@@ -33,8 +33,8 @@ class Session:
     """Parts that questions to one output have in common, each loaded when one needs it, and kept.
 
     These are the model with its engine, the curvatures, the tokenizer, and the index of the tars.
-    The store itself is opened again for each question, in milliseconds, so that an answer counts the
-    rows that a running job has added. Threads may share a session: the model works for one of them
+    The store itself is opened again for each question, in milliseconds: an answer counts the rows
+    that a running job has added. Threads may share a session: the model works for one of them
     at a time, and their scans run side by side.
     """
 
