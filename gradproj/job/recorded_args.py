@@ -16,7 +16,7 @@ def output_flag() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingArgs(Flags, title="buckets"):
-    """How outputs in buckets are read."""
+    """Ways of reading outputs in buckets."""
 
     anonymous: bool = flag("Read public buckets without credentials.", False)
     cache_dir: str = flag(

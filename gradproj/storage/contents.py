@@ -98,7 +98,7 @@ def keep_ahead(paths: Iterable[Path]) -> None:
     """Begin to fetch objects into the cache of this process, if it has one."""
 
     def fetch(path: ObjectPath, cache: FileCache) -> None:
-        with suppress(OSError, GradprojError):  # whoever reads it is told
+        with suppress(OSError, GradprojError):  # a reader of the object raises it
             _cached(path, cache).close()
 
     for path in paths:

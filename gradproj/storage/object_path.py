@@ -28,7 +28,7 @@ _BUFFER_BYTES = 2**20
 
 @dataclass
 class Reading:
-    """How this process reads what lies in buckets. A command sets it once, from its flags."""
+    """Settings of this process for reading buckets. A command sets them once, from its flags."""
 
     anonymous: bool = False
     """Without credentials, as public buckets allow."""

@@ -76,14 +76,16 @@ def test_a_second_query_reads_shards_and_columns_from_the_cache(
         FileCache, "_fetch", lambda *args: fetched.append(str(args[1])) or fetch(*args)
     )
     flags = ["--text", TEXT, "--device", "cpu", "--score", "cosine", "--format", "jsonl"]
-    answers = []
-    for place, more in ((places[0], []), *2 * [(places[1], ["--cache_dir", str(tmp_path / "c")])]):
+    cached = ["--cache_dir", str(tmp_path / "c")]
+    answers, counts = [], []
+    for place, more in ((places[0], []), (places[1], cached), (places[1], cached)):
         assert main(["query", str(place), *flags, *more]) == 0
         answers.append(capsys.readouterr().out)
+        counts.append(len(fetched))
     assert answers[1:] == 2 * answers[:1]
-    shards = [name for name in fetched if "/projections/c." in name]
-    assert len(shards) == len(set(shards)) == 5
-    assert len(fetched) == len(set(fetched))  # the second query fetched nothing
+    # Two threads may ask for the same shard, and one of them then finds it there.
+    assert len({name for name in fetched if "/projections/c." in name}) == 5
+    assert counts[2] == counts[1] > counts[0] == 0
     monkeypatch.setattr(READING, "cache", None)
     assert main(["verify", str(places[1]), "--cache_dir", str(tmp_path / "c")]) == 2
     assert "verify reads the bucket itself" in capsys.readouterr().err

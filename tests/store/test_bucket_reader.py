@@ -1,4 +1,4 @@
-"""Reading a store in a bucket: the laws of any store, and what is asked of the bucket."""
+"""Reading a store in a bucket: rows as from a disk, and what is asked of the bucket."""
 
 import threading
 
