@@ -161,9 +161,10 @@ def test_the_wait_for_the_model_can_be_stopped(job):
 
 def test_threads_share_a_session(job):
     session, flags = Session(str(job.output)), [{"score": "dot"}, {"tokens": True, "top_k": 2}]
-    want = [list(json_lines(answer(config(job.output, **x), session))) for x in flags]
+
+    def lines(one):
+        return list(json_lines(answer(config(job.output, **one), session)))
+
+    want = [lines(one) for one in flags]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(
-            lambda x: list(json_lines(answer(config(job.output, **x), session))), 3 * flags
-        )
-        assert list(found) == 3 * want
+        assert list(pool.map(lines, 3 * flags)) == 3 * want
