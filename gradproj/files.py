@@ -56,10 +56,10 @@ def crc32c(data: Any, value: int = 0) -> int:
     return google_crc32c.extend(value, np.frombuffer(data, np.uint8))
 
 
-def file_sum(path: str | Path) -> dict[str, int]:
+def file_sum(path: Path) -> dict[str, int]:
     """Return ``{"bytes": size, "crc32c": checksum}`` of a file's present content."""
     total, checksum = 0, 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             total += len(data)
             checksum = crc32c(data, checksum)

@@ -10,7 +10,7 @@ from gradproj.maintenance.copy_output import copy_output
 
 @dataclass(frozen=True, kw_only=True)
 class CopyConfig(Flags, title="copy"):
-    """What to copy, and where to."""
+    """The output to copy, and its new place."""
 
     output: str = output_flag()
     to: str = flag(

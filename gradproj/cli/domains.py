@@ -17,7 +17,7 @@ from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import one_line
-from gradproj.job.recorded_args import output_flag
+from gradproj.job.recorded_args import ReadingArgs, output_flag
 from gradproj.report.domain_figure import draw_domains
 from gradproj.report.domain_summary import DomainFacts, as_json, domain_facts, lost_text
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
@@ -34,7 +34,7 @@ _NAME = 26
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainsConfig(ScoreArgs, title="domains"):
+class DomainsConfig(ScoreArgs, ReadingArgs, title="domains"):
     """Which store to read, and where the files go."""
 
     output: str = output_flag()
@@ -53,6 +53,7 @@ def domains_command(argv: list[str]) -> None:
         DomainsConfig,
         description="Mean gradients, cosines and influences of a store's domains.",
     )
+    config.apply()
     for line in domains(config):
         print(line)
 

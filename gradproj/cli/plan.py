@@ -39,7 +39,8 @@ def plan_command(argv: list[str]) -> None:
     """Check the job's flags and print the plan; writes nothing."""
     about = (
         "With the job's flags: make every check that precedes the job, and estimate disk and "
-        "memory (and the time left, once units are committed). Writes nothing."
+        "memory (and the time left, once units are committed). Writes nothing, but in a bucket an "
+        "object that it deletes again, to see whether conditional writes work."
     )
     config, args = parse_run(argv, "gradproj plan", PlanArgs, description=about)
     device, warning = choose_device(config.job.device, 0)

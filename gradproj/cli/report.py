@@ -84,6 +84,7 @@ def report_command(argv: list[str]) -> None:
         ReportConfig,
         description="One HTML page on a store: run, domains, outliers, answers to queries.",
     )
+    config.apply()
     path = report(config)
     print(
         f"{path} written, {human_bytes(path.stat().st_size)}; open it in any browser, it needs no "
@@ -121,8 +122,9 @@ def report(config: ReportConfig) -> Path:
         answers = None
         if rows is not None:
             splitter = None
-            if config.tokens and texts.read is not None:
-                splitter = splitter_of(config, store, config.device, projector)
+            if config.tokens and texts.read is not None and projector is not None:
+                index = recorded_index(store.path.parent, config.shards)
+                splitter = splitter_of(config, store, projector.recorded, index, projector)
             asked = store, rows, query_options, config.top_k, texts, splitter
             answers = functools.partial(answers_of, *asked)
         page = make_page(store, options, texts, min(config.top_k, len(store)), answers)

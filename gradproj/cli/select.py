@@ -65,6 +65,7 @@ def select_command(argv: list[str]) -> None:
     with report_errors_from_rank_0(process.rank):
         about = "Write the documents of a store that score highest for queries, best first."
         (config,) = parse(argv, "gradproj select", SelectConfig, description=about)
+        config.apply()
         with stop_signals(process), process_group(process):
             selection = select(config, process)
     if selection is not None:

@@ -52,6 +52,7 @@ def verify_command(argv: list[str]) -> int:
         "no store there, or another model than the job's. With --repair it is the state afterwards."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
+    config.apply()
     verification, parts = verify(config.output, checksums=config.checksums), {}
     _print(config, verification_lines(verification) if config.checksums else [])
     if config.recompute:
@@ -198,6 +199,10 @@ def repair_lines(result: Repair, next_step: str) -> list[str]:
         lines.append(f"repaired      {n_recovered} meanwhile, by another process")
     if result.merged:
         lines.append("repaired      columns, sums and statistics merged again from sound records")
+    if result.orphans:
+        lines.append(
+            f"repaired      shards of {count(len(result.orphans), 'unit')} without a record"
+        )
     for unit, owner in result.held.items():
         lines.append(f"left          unit {unit} is claimed by {owner}. Then repair again")
     lines += [f"left          {d.path} {d.what}" for d in result.left if d.unit not in result.held]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gradproj.coordinator.opening import commits_of
 from gradproj.coordinator.process_id import Owner
+from gradproj.storage.folders import delete_tree
 from gradproj.storage.object_path import names_in
-from gradproj.storage.publish import delete_tree
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, PARTIAL_DIR, UNITS_DIR
 from gradproj.store.unit_record import list_records
 

@@ -1,4 +1,4 @@
-"""How one process publishes into its output: the interface of the two implementations.
+"""The interface through which one process publishes into its output.
 
 ``FileCommits`` is for a folder that all processes share, ``ObjectCommits`` for a bucket. Everything
 else in this folder works through them, and does not know which it has.
@@ -33,11 +33,11 @@ class UnitRows:
 
 
 class Commits(ABC):
-    """What one process publishes, and how processes whose claims it takes over are kept out."""
+    """Publishes for one process, and keeps those out whose claims it takes over."""
 
     publisher: Publisher
     pace: Pace
-    """How often heartbeats are written and others' are read."""
+    """Times between heartbeats, and between looks at those of others."""
 
     def __init__(self, output: Path, owner: Owner) -> None:
         self.output, self.owner = output, owner
@@ -90,6 +90,18 @@ class Commits(ABC):
     @abstractmethod
     def forget(self, unit: int) -> None:
         """Delete what was prepared for a unit that is committed, or given up under its claim."""
+
+    @abstractmethod
+    def give_up(self, unit: int, layout: StoreLayout) -> None:
+        """Delete what makes a damaged unit's record one, before the record itself is deleted."""
+
+    @abstractmethod
+    def clean_up(self, unit: int, layout: StoreLayout) -> None:
+        """Delete the shards of a unit that was given up, long after its record."""
+
+    @abstractmethod
+    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
+        """Return those of ``units`` that have shards which nobody can commit or replace."""
 
     @abstractmethod
     def remove_leftovers(self, committed: set[int]) -> set[str]:

@@ -35,7 +35,7 @@ from gradproj.files import (
     write_file_durably,
 )
 from gradproj.storage.publish import FilePublisher
-from gradproj.store.hidden_states import hidden_layout
+from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import SCRATCH_DIR, StoreLayout
 from gradproj.store.unit_record import UnitRecord, encode_record, record_name
 from gradproj.store.writer import shard_chunks
@@ -174,6 +174,20 @@ class FileCommits(Commits):
 
     def forget(self, unit: int) -> None:
         pass
+
+    def give_up(self, unit: int, layout: StoreLayout) -> None:
+        pass
+
+    def clean_up(self, unit: int, layout: StoreLayout) -> None:
+        for each in sharded_layouts(layout):
+            path = self.output / each.shard_name(unit)
+            with explain_os_errors(path.parent):
+                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    fsync_dir(path.parent)
+
+    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
+        return []  # a shard without a record is replaced
 
     def remove_leftovers(self, committed: set[int]) -> set[str]:
         gone = set()

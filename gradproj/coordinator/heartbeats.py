@@ -37,7 +37,7 @@ WAIT_S = (0.1, 5.0)
 
 @dataclass(frozen=True)
 class Pace:
-    """How often an output is written and looked at. In a bucket each look has its price."""
+    """Times between writes and looks at an output. In a bucket each one has its price."""
 
     slower: float = 1.0
     """Time between two heartbeats over that on disk."""

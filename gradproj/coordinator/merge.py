@@ -18,7 +18,7 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.failure import delete_failure
 from gradproj.coordinator.heartbeats import RankProgress, delete_heartbeat, read_heartbeats
-from gradproj.coordinator.units import read_unit
+from gradproj.coordinator.units import read_units
 from gradproj.storage.publish import Outdated, Publisher, publisher_of
 from gradproj.store.layout import (
     HEARTBEATS_DIR,
@@ -105,7 +105,7 @@ def finish(
         elif not wait:
             return False
         else:
-            time.sleep(WAIT_S)
+            time.sleep(WAIT_S * claims.commits.pace.slower)
     return is_complete(output) and is_merged(output)
 
 
@@ -247,10 +247,10 @@ class _Merge:
             for unit in wanted.tolist():
                 a, b = layout.unit_range(unit)
                 columns["status"][a - start : b - start] = STATUS["missing"]
-        for unit in recorded.tolist():
+        identity = self._attributes["identity_hash"]
+        for record in read_units(self._output, recorded.tolist(), identity):
             self._continue()
-            record = read_unit(self._output, unit, self._attributes["identity_hash"])
-            a, b = layout.unit_range(unit)
+            a, b = layout.unit_range(record.unit)
             for name, values in record.columns.items():
                 columns[name][a - start : b - start] = values
             add_covariances(self._sums, record.token_covariances)

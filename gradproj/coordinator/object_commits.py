@@ -1,9 +1,10 @@
-"""Commits in a bucket: a put-if-absent decides, and whoever comes later helps.
+"""Commits in a bucket: a put-if-absent decides, and processes that come later help.
 
 A bucket has no renames, no locks and nothing that could be fenced. So claims only advise who should
 work, and the first shard of a unit's rows that gets its name decides what the unit is. Before its
 shard a process publishes everything else of the unit under a name with the shard's checksum. So
-whoever finds a shard can finish its unit, and nobody can finish it in another way: README.md.
+every process that finds a shard can finish its unit, and none can finish it in another way.
+README.md has the argument.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from gradproj.coordinator.heartbeats import Pace
 from gradproj.coordinator.process_id import Owner
 from gradproj.errors import StoreError
 from gradproj.files import crc32c
+from gradproj.storage.folders import delete_tree, read_or_none
 from gradproj.storage.object_path import names_in
-from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, read_or_none
-from gradproj.store.hidden_states import hidden_layout
+from gradproj.storage.probe import PROBE_DIR
+from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher
+from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import decode_record, encode_record, record_name
 from gradproj.store.writer import shard_chunks
@@ -25,6 +28,8 @@ from gradproj.store.writer import shard_chunks
 
 class ObjectCommits(Commits):
     """Commits of one process in a bucket."""
+
+    publisher: ObjectPublisher
 
     def __init__(self, output: Path, owner: Owner) -> None:
         super().__init__(output, owner)
@@ -148,8 +153,25 @@ class ObjectCommits(Commits):
 
     # --- leftovers ---
 
+    def give_up(self, unit: int, layout: StoreLayout) -> None:
+        # The shards first: one without a record and without anything prepared would be nobody's,
+        # while a record without its shard is found at the next start, whatever happens here.
+        self.forget(unit)
+        for each in sharded_layouts(layout):
+            (self.output / each.shard_name(unit)).unlink(missing_ok=True)
+
+    def clean_up(self, unit: int, layout: StoreLayout) -> None:
+        pass
+
+    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
+        # In this order: shards were seen, what is prepared goes once there is a record.
+        names = names_in(self.output / PREPARED_DIR)
+        prepared = {name.partition(".")[0] for name in names}
+        return [u for u in units if f"{u:08d}" not in prepared and not self._is_recorded(u)]
+
     def remove_leftovers(self, committed: set[int]) -> set[str]:
         self._delete_prepared(committed.__contains__)
+        delete_tree(self.output / PROBE_DIR)
         return set()
 
     def _delete_prepared(self, wanted: Callable[[int], bool]) -> None:

@@ -7,7 +7,7 @@ one that hung, or a forgotten job. Nothing of that process may get into the new 
 from pathlib import Path
 
 from gradproj.errors import StoreError
-from gradproj.storage.publish import has_folder
+from gradproj.storage.folders import has_folder
 from gradproj.store.layout import CLAIMS_DIR, PARTIAL_DIR, STORE_NAME, UNITS_DIR
 from gradproj.store.metadata import WhichStore
 

@@ -22,7 +22,7 @@ from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import WaitNotice
 from gradproj.coordinator.store_guard import StoreGuard
 from gradproj.errors import StoreError
-from gradproj.storage.publish import delete_tree
+from gradproj.storage.folders import delete_tree, read_ahead
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import UnitRecord, list_records, read_record, record_name
 
@@ -213,3 +213,8 @@ def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:
             "computes the unit again"
         )
     return record
+
+
+def read_units(output: Path, units: Sequence[int], identity: str) -> Iterator[UnitRecord]:
+    """Yield units' records in order, as ``read_unit`` returns them."""
+    return read_ahead(lambda unit: read_unit(output, unit, identity), units, output)

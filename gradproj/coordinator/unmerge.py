@@ -29,7 +29,8 @@ from gradproj.coordinator.merge import (
 )
 from gradproj.errors import StoreError
 from gradproj.formatting import count, ranges_text
-from gradproj.storage.publish import Outdated, Publisher, touch_folder
+from gradproj.storage.folders import touch_folder
+from gradproj.storage.publish import Outdated, Publisher
 from gradproj.store.column_reader import read_column_chunk
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import METADATA_NAME, STATUS, STORE_NAME, UNITS_DIR, StoreLayout
@@ -105,7 +106,7 @@ def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
     """
     while _is_outdated(output):
         if not claims.try_claim(MERGE_CLAIM):
-            time.sleep(WAIT_S)
+            time.sleep(WAIT_S * claims.commits.pace.slower)
             continue
         try:
             with suppress(Outdated, MergeInterrupted):  # another process merges: look again

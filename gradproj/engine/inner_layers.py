@@ -288,7 +288,7 @@ def _experts_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
     x = up(x, experts, order)
     x = host._apply_gate(x) if host.has_gate else host.act_fn(x)
     x = down(x, experts, order)
-    if host.has_post_expert_norm:
+    if getattr(host, "has_post_expert_norm", False):  # transformers 5.18 has none
         x = host.post_expert_norm(x)
     return (x * weights.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
 

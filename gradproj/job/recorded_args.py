@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradproj.flags import DEVICES, Flags, flag
+from gradproj.storage.cache import cache_of
+from gradproj.storage.object_path import READING
 
 
 def output_flag() -> Any:
@@ -13,7 +15,26 @@ def output_flag() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedRunArgs(Flags, title="recorded inputs"):
+class ReadingArgs(Flags, title="buckets"):
+    """Ways of reading outputs in buckets."""
+
+    anonymous: bool = flag("Read public buckets without credentials.", False)
+    cache_dir: str = flag(
+        "Folder on local disk that keeps shards and columns of outputs in buckets, for further "
+        "commands on them.",
+        "",
+        path="DIR",
+    )
+    cache_gb: float = flag("GB that --cache_dir may take.", 100.0, above=0.0)
+
+    def apply(self) -> None:
+        """Read in this way from now on, in this process."""
+        READING.anonymous = self.anonymous
+        READING.cache = cache_of(self.cache_dir, self.cache_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRunArgs(ReadingArgs, title="recorded inputs"):
     """A job's output directory, and where the model and the tars of that job are now.
 
     The output records the job's settings. What may run code is the caller's decision.

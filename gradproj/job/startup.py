@@ -40,9 +40,10 @@ from gradproj.job.lockstep import Lockstep
 from gradproj.job.pilot import PilotRanks, help_pilot, run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, make_plan
 from gradproj.model.checkpoint import fetch
+from gradproj.storage.folders import flush_folder, remove_at_once
 from gradproj.storage.log_file import log_file
 from gradproj.storage.probe import check_conditional_writes
-from gradproj.storage.publish import Publisher, flush_folder, remove_at_once
+from gradproj.storage.publish import Publisher
 from gradproj.store.array_digests import with_digests
 from gradproj.store.layout import (
     FOLDERS,

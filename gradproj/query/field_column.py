@@ -29,7 +29,8 @@ from gradproj.files import explain_os_errors
 from gradproj.formatting import count, listed, shown
 from gradproj.job.recorded import recorded_index
 from gradproj.storage.contents import map_array, open_whole, sum_of
-from gradproj.storage.publish import delete_tree, replace
+from gradproj.storage.folders import delete_tree
+from gradproj.storage.publish import replace
 from gradproj.storage.results import save_arrays
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import COLUMNS_DIR

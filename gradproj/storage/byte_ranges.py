@@ -76,7 +76,7 @@ class RangeCache:
 
     @property
     def has_room(self) -> bool:
-        """Whether a reader may ask for more than it needs next."""
+        """True while a reader may ask for more than it needs next."""
         return self._n_bytes < AHEAD_BYTES // 2
 
     def ask(self, name: str, ranges: Iterable[Range], fetch: Fetch) -> None:

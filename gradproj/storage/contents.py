@@ -9,17 +9,20 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from gradproj.errors import GradprojError
 from gradproj.files import crc32c, explain_os_errors, file_sum, try_lock
 from gradproj.storage.byte_ranges import executor
-from gradproj.storage.object_path import ObjectPath
+from gradproj.storage.cache import FileCache
+from gradproj.storage.facts import facts_of
+from gradproj.storage.object_path import READING, ObjectPath
 
 _READ_BYTES = 2**22
 _RANGE_BYTES = 2**23
@@ -79,11 +82,35 @@ def local_file(path: Path) -> Iterator[Path]:
     if not isinstance(path, ObjectPath):
         yield path
         return
+    if READING.cache is not None:
+        with _cached(path, READING.cache) as file:
+            # Readable under this name also if another process deletes it to make room.
+            yield Path(f"/proc/self/fd/{file.fileno()}")
+        return
     with explain_os_errors(tempfile.gettempdir()), tempfile.NamedTemporaryFile() as file:
         for data in chunks_of(path):
             file.write(data)
         file.flush()
         yield Path(file.name)
+
+
+def keep_ahead(paths: Iterable[Path]) -> None:
+    """Begin to fetch objects into the cache of this process, if it has one."""
+
+    def fetch(path: ObjectPath, cache: FileCache) -> None:
+        with suppress(OSError, GradprojError):  # a reader of the object raises it
+            _cached(path, cache).close()
+
+    for path in paths:
+        if isinstance(path, ObjectPath) and READING.cache is not None:
+            executor().submit(fetch, path, READING.cache)
+
+
+def _cached(path: ObjectPath, cache: FileCache) -> BinaryIO:
+    meta = path.meta()
+    if meta is None:
+        raise path._missing()
+    return cache.open(path.address, facts_of(meta))
 
 
 def map_array(path: Path) -> np.ndarray:

@@ -8,7 +8,7 @@ A bucket has no folders, only keys: a folder exists as long as a key begins with
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import total_ordering
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,7 @@ from gradproj.errors import ConfigError
 from gradproj.storage.address import Address, is_remote
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.byte_ranges import executor
+from gradproj.storage.cache import FileCache
 from gradproj.storage.stored_object import ObjectReader, StoredObject
 
 WRITABLE = ("s3", "gs", "az")
@@ -25,10 +26,24 @@ WRITABLE = ("s3", "gs", "az")
 _BUFFER_BYTES = 2**20
 
 
-def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Path:
+@dataclass
+class Reading:
+    """Settings of this process for reading buckets. A command sets them once, from its flags."""
+
+    anonymous: bool = False
+    """Without credentials, as public buckets allow."""
+    cache: FileCache | None = None
+    """Keeps whole objects on local disk, for commands that read them again."""
+
+
+READING = Reading()
+
+
+def path_of(place: "str | Path | ObjectPath", *, anonymous: bool | None = None) -> Path:
     """Return the path of a file or folder, on disk or in a bucket.
 
-    Declared as a ``Path``, since an ``ObjectPath`` stands in for one.
+    Declared as a ``Path``, since an ``ObjectPath`` stands in for one. ``anonymous``: without
+    credentials; default: as ``READING`` says.
 
     Raises:
         ConfigError: an address that cannot hold an output, or a bucket that cannot be opened.
@@ -38,7 +53,7 @@ def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Pat
     text = str(place)
     if not is_remote(text):
         return Path(place)
-    address = Address.parse(text, anonymous)
+    address = Address.parse(text, READING.anonymous if anonymous is None else anonymous)
     if address.scheme not in WRITABLE:
         raise ConfigError(
             f"{address}: outputs lie on disk or in a bucket ({'://, '.join(WRITABLE)}://)"
@@ -76,7 +91,7 @@ def read_each(paths: Sequence[Path]) -> list[bytes | OSError]:
 
 
 Stamp = Any
-"""What tells two versions of a file or an object apart without reading them."""
+"""Tells two versions of a file or an object apart without reading them."""
 
 
 def read_if_changed(path: Path, stamp: Stamp) -> tuple[bytes, Stamp] | None:

@@ -21,20 +21,29 @@ def check_conditional_writes(folder: Path) -> None:
     """
     if not isinstance(folder, ObjectPath):
         return
-    path = folder / PROBE_DIR / secrets.token_hex(8)
+    while True:
+        path = folder / PROBE_DIR / secrets.token_hex(8)
+        try:
+            keeps = _keeps_promises(path)
+            break
+        except FileNotFoundError:  # another start has deleted it as a leftover of a dead one
+            continue
+        finally:
+            path.unlink(missing_ok=True)
+    if not keeps:
+        raise StoreError(
+            f"{folder}: this store overwrites objects although a write forbids it (If-None-Match, "
+            "If-Match), so rows could be lost. Give --output_dir a store with conditional writes: "
+            "S3, GCS, Azure, R2, MinIO, SeaweedFS"
+        )
+
+
+def _keeps_promises(path: ObjectPath) -> bool:
     first, second = b"first " + path.name.encode(), b"second"
-    try:
-        path.put_if_absent([first])
-        content, version = path.read_versioned()
-        path.put_if_absent([second])
-        kept = content == path.read_bytes() == first
-        path.put_if_match([second], version)
-        path.put_if_match([first], version)
-        if not (kept and path.read_bytes() == second):
-            raise StoreError(
-                f"{folder}: this store overwrites objects although a write forbids it "
-                "(If-None-Match, If-Match), so rows could be lost. Give --output_dir a store with "
-                "conditional writes: S3, GCS, Azure, R2, MinIO, SeaweedFS"
-            )
-    finally:
-        path.unlink(missing_ok=True)
+    path.put_if_absent([first])
+    content, version = path.read_versioned()
+    path.put_if_absent([second])
+    kept = content == path.read_bytes() == first
+    path.put_if_match([second], version)
+    path.put_if_match([first], version)
+    return kept and path.read_bytes() == second

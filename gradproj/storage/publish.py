@@ -24,6 +24,7 @@ from gradproj.files import (
     temporary_beside,
     write_file_durably,
 )
+from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import ObjectPath
 from gradproj.storage.stored_object import Version
 
@@ -32,7 +33,7 @@ PREPARED_DIR = "prepared"
 
 
 class Outdated(Exception):
-    """What was about to be replaced has been replaced by another process."""
+    """Another process has replaced what this one was about to replace."""
 
 
 class Publisher(ABC):
@@ -193,7 +194,7 @@ class ObjectPublisher(Publisher):
         self.update(final, change)
 
     def _replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
-        # The version was noted before the check. So whoever takes over after the check finds this
+        # The version was noted before the check. So one that takes over after the check finds this
         # write done, or makes its condition fail.
         if self._check is not None:
             self._check()
@@ -280,59 +281,3 @@ def overwrite(final: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def read_or_none(path: Path) -> bytes | None:
-    """Return the content of a file or an object; None if there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def tree_exists(folder: Path, last: str) -> bool:
-    """Return whether ``create_tree`` has published a folder.
-
-    On disk it appears as a whole, and what is missing in it was deleted.
-    """
-    return (folder / last).is_file() if isinstance(folder, ObjectPath) else os.path.lexists(folder)
-
-
-def has_folder(folder: Path) -> bool:
-    """Return whether a folder is there. In a bucket it is: nothing needs to be made."""
-    return isinstance(folder, ObjectPath) or folder.is_dir()
-
-
-def flush_folder(folder: Path) -> None:
-    """Make deletions in a folder survive a crash; in a bucket each one does."""
-    if not isinstance(folder, ObjectPath):
-        fsync_dir(folder)
-
-
-def touch_folder(folder: Path) -> None:
-    """Make NFS list a folder anew, which it may not do for a minute. A bucket always does."""
-    if not isinstance(folder, ObjectPath):
-        os.utime(folder)
-
-
-def remove_at_once(folder: Path, away: Path) -> None:
-    """Delete a folder of which no reader shall ever see a part; it is renamed to ``away`` first.
-
-    Raises:
-        StoreError: it is in a bucket, which has no renames.
-    """
-    if isinstance(folder, ObjectPath):
-        raise StoreError(
-            f"{folder} was made with other settings and has no row. Delete everything below "
-            f"{folder.parent}, run with its settings, or give --output_dir another address"
-        )
-    os.rename(folder, away)
-    shutil.rmtree(away)
-
-
-def delete_tree(folder: Path) -> None:
-    """Delete a folder and all that is in it, if it exists. Errors of a disk are ignored."""
-    if isinstance(folder, ObjectPath):
-        folder.remove_tree()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)

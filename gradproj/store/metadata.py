@@ -11,8 +11,8 @@ from typing import Any
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
 from gradproj.storage.address import is_remote
+from gradproj.storage.folders import tree_exists
 from gradproj.storage.object_path import ObjectPath, Stamp, path_of, read_each, read_if_changed
-from gradproj.storage.publish import tree_exists
 from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.hidden_states import HIDDEN_STATE

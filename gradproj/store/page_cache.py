@@ -17,7 +17,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from gradproj.errors import damaged
-from gradproj.storage.object_path import ObjectPath
+from gradproj.storage.contents import local_file
+from gradproj.storage.object_path import READING, ObjectPath
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -64,9 +65,9 @@ def map_file(path: Path) -> mmap.mmap | bytes | None:
     Returns None if it does not exist; an empty file is a StoreError.
     """
     try:
-        if isinstance(path, ObjectPath):
+        if isinstance(path, ObjectPath) and READING.cache is None:
             return path.read_bytes()
-        with open(path, "rb") as file:
+        with local_file(path) as local, open(local, "rb") as file:
             return _map(file.fileno(), path)
     except FileNotFoundError:
         return None
@@ -89,7 +90,8 @@ class PagedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        with local_file(path) as local:
+            self._descriptor = os.open(local, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self.data = _map(self._descriptor, path)
         self.data.madvise(mmap.MADV_RANDOM)  # no read-ahead on page faults

@@ -1,4 +1,4 @@
-"""Where the inner chunks of one uncompressed shard lie, by the shard's own index."""
+"""Places of the inner chunks of one uncompressed shard, by the shard's own index."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -10,7 +10,8 @@ import zarr
 
 from gradproj.errors import StoreError
 from gradproj.storage.byte_ranges import AHEAD_BYTES, RangeCache
-from gradproj.storage.object_path import ObjectPath
+from gradproj.storage.contents import keep_ahead
+from gradproj.storage.object_path import READING, ObjectPath
 from gradproj.store.fetched_shard import FetchedShard
 from gradproj.store.layout import StoreLayout
 from gradproj.store.mapped_shard import MappedShard
@@ -21,6 +22,8 @@ from gradproj.store.zarr_arrays import open_array
 
 UNITS_AHEAD = 16
 """Shards that are opened ahead where that takes long."""
+_SHARDS_KEPT_AHEAD = 4
+"""Whole shards that are fetched into a cache at the same time."""
 
 
 class Shards:
@@ -32,8 +35,9 @@ class Shards:
         self.layout = layout
         self._folder = store_path / layout.array
         self._maps = maps
-        self._ranges = RangeCache() if isinstance(self._folder, ObjectPath) else None
-        """Of shards in a bucket; None on a disk, whose system has a cache of its own."""
+        remote = isinstance(self._folder, ObjectPath) and READING.cache is None
+        self._ranges = RangeCache() if remote else None
+        """Of shards in a bucket; None for files, of which the system has a cache."""
         metadata = json.loads((self._folder / "zarr.json").read_text())
         self._separator = (
             metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
@@ -76,6 +80,8 @@ class Shards:
         if self._ranges is not None and self._mappable:
             for unit in units:
                 self._load(unit)
+        else:
+            keep_ahead(self.path(unit) for unit in list(units)[:_SHARDS_KEPT_AHEAD])
 
     def prefetch(self, unit: int, start: int, stop: int, selection: Selection) -> None:
         """Have rows ``[start, stop)`` of the unit read in the background."""
@@ -160,8 +166,7 @@ class Shards:
     def _load(self, unit: int) -> ShardRows | None:
         def load() -> ShardRows | None:
             path = self.path(unit)
-            if isinstance(path, ObjectPath):
-                assert self._ranges is not None
+            if isinstance(path, ObjectPath) and self._ranges is not None:
                 return FetchedShard(path, self.layout, self._index_at_end, self._ranges)
             try:
                 return MappedShard(path, self.layout, self._index_at_end)

@@ -18,7 +18,8 @@ from zarr.storage import MemoryStore
 
 from gradproj.errors import StoreError
 from gradproj.files import crc32c
-from gradproj.storage.publish import Publisher, publisher_of, tree_exists
+from gradproj.storage.folders import tree_exists
+from gradproj.storage.publish import Publisher, publisher_of
 from gradproj.store.bfloat16 import BFloat16
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layer_arrays import pack_layers

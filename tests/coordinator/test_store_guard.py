@@ -10,9 +10,8 @@ import pytest
 from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, make_store, partial_rows
 from helpers.outputs import tree_of
 
-from gradproj.coordinator.merge import read_unit
 from gradproj.coordinator.store_guard import StoreReplaced
-from gradproj.coordinator.units import UnitQueue
+from gradproj.coordinator.units import UnitQueue, read_unit
 from gradproj.errors import StoreError
 from gradproj.store.layout import FOLDERS
 from gradproj.store.metadata import WhichStore

@@ -1,5 +1,6 @@
 """Objects in memory, in place of a bucket."""
 
+import threading
 from pathlib import Path
 
 from obstore.store import MemoryStore
@@ -20,3 +21,37 @@ def copy_into(folder: Path, place: ObjectPath) -> ObjectPath:
         if path.is_file():
             place.joinpath(*path.relative_to(folder).parts).put([path.read_bytes()])
     return place
+
+
+class CountedStore:
+    """A store of obstore whose ranged requests are counted."""
+
+    def __init__(self, store):
+        self._store, self._lock = store, threading.Lock()
+        self.before_get = lambda key: None
+        self.clear()
+
+    def clear(self):
+        """Begin to count."""
+        self.ranges = []
+
+    @property
+    def n_requests(self):
+        """Number of requests for objects or parts of them."""
+        return len(self.ranges)
+
+    @property
+    def n_bytes(self):
+        """Bytes that they brought."""
+        return sum(end - begin for begin, end in self.ranges)
+
+    def get(self, key, options=None):
+        """As of obstore."""
+        self.before_get(key)
+        answer = self._store.get(key, options=options)
+        with self._lock:
+            self.ranges.append(tuple(answer.range))
+        return answer
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)

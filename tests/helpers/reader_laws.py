@@ -1,4 +1,4 @@
-"""Laws of reading a store, wherever it lies: ``ReaderLaws`` for tests of each place to inherit.
+"""Reading a store: tests that hold wherever it lies, for those of each place to inherit.
 
 A subclass has a fixture ``put``, which takes the path of an output on disk, and returns what
 ``ProjectionStore`` takes to read the same files in that place.

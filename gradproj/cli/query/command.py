@@ -53,6 +53,7 @@ def query_command(argv: list[str]) -> None:
             description="Rank the documents of a store by their scores for queries. Exactly one of "
             "--text, --queries and --query_store is required.",
         )
+        config.apply()
         with stop_signals(process), process_group(process):
             answer = query(config, process)
     if process.rank == 0:
@@ -112,7 +113,7 @@ def answer(
         if config.show_text:
             read_text = functools.partial(text_of, session.index(config))
         if config.tokens:
-            check_can_split(config, store)
+            check_can_split(config, store, session)
         question = Question(config, store, session, (n_top, n_bottom), note, texts, watch)
         rank = _RANKERS.get(config.score, rank_by_gradients)
         ranked = (rank_by_checkpoints if config.others else rank)(question)

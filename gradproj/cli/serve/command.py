@@ -79,6 +79,7 @@ def serve_command(argv: list[str]) -> None:
         description="Answer queries of stores in a browser and as JSON. Model, curvature and store "
         "are opened once.",
     )
+    config.apply()
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
