@@ -122,8 +122,9 @@ def report(config: ReportConfig) -> Path:
         answers = None
         if rows is not None:
             splitter = None
-            if config.tokens and texts.read is not None:
-                splitter = splitter_of(config, store, config.device, projector)
+            if config.tokens and texts.read is not None and projector is not None:
+                index = recorded_index(store.path.parent, config.shards)
+                splitter = splitter_of(config, store, projector.recorded, index, projector)
             asked = store, rows, query_options, config.top_k, texts, splitter
             answers = functools.partial(answers_of, *asked)
         page = make_page(store, options, texts, min(config.top_k, len(store)), answers)

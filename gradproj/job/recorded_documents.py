@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gradproj.corpus.documents import Document
+from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import StoreError
 from gradproj.job.config import RunConfig
-from gradproj.job.recorded import recorded_index
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.model.sequences import TokenSequence
 from gradproj.model.token_texts import TokenTexts
@@ -26,7 +26,7 @@ class RecordedDocuments:
         run: its settings.
         tokenizer: its model's.
         vocabulary: number of token ids that the model has.
-        shards: the tars, if they have moved.
+        index: where the documents are now (``recorded_index``).
     """
 
     def __init__(
@@ -35,10 +35,9 @@ class RecordedDocuments:
         run: RunConfig,
         tokenizer: Any,
         vocabulary: int,
-        shards: str = "",
+        index: CorpusIndex,
     ) -> None:
-        self._store = store
-        self._index = recorded_index(store.path.parent, shards)
+        self._store, self._index = store, index
         settings = UnitSettings(
             store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
             vocabulary, self._index.domains, run.corpus.chosen_domains, run.limits, run.rules,

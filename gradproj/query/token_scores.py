@@ -6,7 +6,7 @@ one forward and backward pass of each text. The rows of these passes give the re
 the parts add up to; the stored row, rounded or packed, gave another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from gradproj.analysis.reduction import stored_reduction
 from gradproj.analysis.scan import Scan, select_layers
 from gradproj.analysis.score_blocks import RowScores
 from gradproj.analysis.score_types import SCORES
+from gradproj.analysis.watch import ScanProgress
 from gradproj.engine.token_parts import SplitTexts, pulled_back, split_texts
 from gradproj.errors import ConfigError
 from gradproj.job.recorded import RecordedEngine
@@ -163,7 +164,7 @@ class _Group:
             return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]
         matrices = pulled_back(prepared.weights.cpu(), self._columns, scan.store.basis)
-        split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
+        split = _split(made, sequences, matrices, chosen)
         lengths = np.ones(len(self.ids))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(self.ids)).astype(np.float64)
@@ -218,7 +219,7 @@ class _Group:
         listed = [ids[np.isin(ids, self.ids)] for ids in self._listed]
         chosen = [np.searchsorted(self.ids, ids).astype(np.int64) for ids in listed]
         made = projector.recorded
-        split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
+        split = _split(made, sequences, matrices, chosen)
         lengths = np.ones(len(asked))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(asked)).astype(np.float64)
@@ -245,6 +246,19 @@ class _Group:
         )
         norms = (layers.double() * self._scan.solved(layers)).sum(dim=1).sqrt()
         return torch.where(norms > 0, norms, 1.0).numpy()
+
+
+def _split(
+    made: RecordedEngine,
+    sequences: Sequence[TokenSequence],
+    matrices: Mapping[str, torch.Tensor],
+    chosen: Sequence[np.ndarray],
+) -> SplitTexts:
+    """Split texts, with news for the watch of this thread's scans."""
+    with ScanProgress(len(sequences), what="texts") as progress:
+        return split_texts(
+            made.model, made.engine, sequences, matrices, chosen, made.batch, progress.update
+        )
 
 
 class _Places:

@@ -48,9 +48,17 @@ class StoredObject:
     def meta(self) -> dict[str, Any] | None:
         """Return size, time and etag of the object; None if there is none. One request."""
         try:
-            return cast(dict[str, Any], self._ask(lambda: self.store.head(self.key)))
+            return self._ask(self._head)
         except FileNotFoundError:
             return None
+
+    def _head(self) -> dict[str, Any]:
+        try:
+            return cast(dict[str, Any], self.store.head(self.key))
+        except Exception as error:
+            if reason_of(error) == "denied":  # an answer without a body, which would say why
+                self._get({"range": (0, 1)})
+            raise
 
     def version(self) -> Version | None:
         """Return the version of the object; None if there is none."""

@@ -55,6 +55,15 @@ def committing(number, writer, layout=LAYOUT, hidden=None, has_rows=True):
     return program
 
 
+@pytest.mark.chaos
+def test_three_processes_commit_one_unit(monkeypatch):
+    programs = [committing(number, number) for number in range(3)]
+    done = Simulation(programs, {}, check_unit, most_lost=0).run(monkeypatch, finishes)
+    for objects, results in done.ends:
+        assert sum(results) <= 1
+        assert RECORD in objects
+
+
 def sum_of(data):
     return {"bytes": len(data), "crc32c": crc32c(data)}
 
@@ -137,7 +146,7 @@ def check_store(before, after):
             assert all(before[f"out/store/{name}"] == after[f"out/store/{name}"] for name in FILES)
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.chaos)])
 def test_a_store_is_created_by_one_process(monkeypatch, n):
     def solo(objects, created):
         assert "out/store/zarr.json" in objects

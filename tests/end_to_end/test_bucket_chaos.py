@@ -15,7 +15,7 @@ import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.fault_proxy import fault_proxy, url_of
 from helpers.forked_ranks import Ranks
-from helpers.jobs import SMALL_JOB, arrays_of, run_job
+from helpers.jobs import PATIENCE_S, SMALL_JOB, Job, Scene, arrays_of, run_job
 from helpers.launches import Launch, arrays_in_bucket
 
 from gradproj.coordinator.merge import is_merged
@@ -23,51 +23,87 @@ from gradproj.maintenance.verify import verify
 from gradproj.storage.object_path import path_of
 from gradproj.store.layout import FOLDERS
 from gradproj.store.metadata import store_exists
+from gradproj.store.unit_record import list_records
 
 SETTINGS = SMALL_JOB | {"rows_per_shard": 8, "proj_save_interval": 2, "device": "cpu"}
 SETTINGS |= {"encoding": "signs", "hidden_state": "mean"}
 N_DOCUMENTS = 240
-LONGEST_S = 5.0
-"""Longest time between the start of jobs and the next kill."""
+LONGEST_S = 8.0
+"""Longest time to the next kill, if it does not wait for records."""
 
 
 class Tally:
     """Counts of kills, starts, stores and faults."""
 
     def __init__(self):
-        self.kills = self.starts = self.stores = 0
+        self.kills = self.launchers = self.starts = self.stores = 0
         self.faults = {}
 
     def __str__(self):
         return (
-            f"{self.kills} kills of {self.starts} ranks, {self.stores} stores; requests: "
+            f"{self.kills} kills ({self.launchers} of launchers) in {self.starts} starts of ranks, "
+            f"{self.stores} stores; requests: "
             f"{self.faults}"
         )
 
 
+def moment(output, rng):
+    """Return a function that says whether the time for the next kill has come."""
+    until, records = time.monotonic() + rng.uniform(0.5, LONGEST_S), np.inf
+    if rng.random() < 0.7 and store_exists(output):
+        # While units are committed. A merge, or a job that only waits, has its time too.
+        records = len(list_records(output / "units")) + int(rng.integers(1, 8))
+        until += 60
+    return lambda: (
+        time.monotonic() > until
+        or (records < np.inf and len(list_records(output / "units")) >= records)
+    )
+
+
 def torment(launches, rng, tally, most_kills):
     """Start one or two jobs of one to three ranks on one store, and kill some or all ranks."""
-    ranks = launches[0].ranks
+    ranks, output = launches[0].ranks, launches[0].output
     for launch in launches[: 1 + int(rng.random() < 0.4)]:
         n = int(rng.integers(1, 4))
         launch.start(n)
         tally.starts += n
-    until, ended = time.monotonic() + rng.uniform(0.5, LONGEST_S), []
+    is_time, ended = moment(output, rng), []
     while ranks.pids() and tally.kills < most_kills:
-        time.sleep(0.05)
+        time.sleep(0.1)
         ended += filter(None, map(ranks.poll, ranks.pids()))
-        if ranks.pids() and time.monotonic() > until:
+        if ranks.pids() and is_time():
             victims = rng.permutation(ranks.pids())
             for pid in victims if rng.random() < 0.5 else victims[:1]:
                 os.kill(int(pid), signal.SIGKILL)
                 tally.kills += 1
-            until = time.monotonic() + rng.uniform(0.2, LONGEST_S)
+            is_time = moment(output, rng)
     return ended + ranks.wait_for_all()
 
 
-def fill(launches, output, rng, tally, most_kills):
+def torment_torchrun(scene, output, environment, rng, tally, logs):
+    """Start a job of two or three ranks by torchrun, and kill its launcher, a worker or all."""
+    job = Job(scene, output, int(rng.integers(2, 4)), 1, environment, logs)
+    try:
+        is_time = moment(output, rng)
+        while job.is_running() and not is_time():
+            time.sleep(0.1)
+        target = str(rng.choice(["launcher", "worker", "job"]))
+        if job.send(signal.SIGKILL, target, rng):
+            tally.kills += 1
+            tally.launchers += target != "worker"
+        job.wait_until_gone(PATIENCE_S)
+        assert "Traceback" not in job.log_text() or target == "worker", job.log_text()
+    finally:
+        job.end()
+
+
+def fill(scene, launches, output, rng, tally, most_kills, logs):
     """Torment a store until it is complete; the last jobs end in order."""
+    environment = launches[0].environment
     while not (store_exists(output) and is_merged(output)):
+        if rng.random() < 0.15 and tally.kills < most_kills:
+            torment_torchrun(scene, output, environment, rng, tally, logs)
+            continue
         for rank in torment(launches, rng, tally, most_kills):
             # 2: another rank of the same start was killed before all had met.
             in_order = rank.status in (0, -9) or (rank.status == 2 and "rank" in rank.output)
@@ -101,6 +137,7 @@ def test_kills_and_a_failing_network_leave_the_bytes_of_an_undisturbed_job(
     undisturbed = arrays_of(tmp_path / "out")
     statistics = json.loads((tmp_path / "out" / "projection_stats.json").read_text())
     statistics.pop("timing")
+    scene = Scene(shards, model_dir, SETTINGS, tmp_path / "out")
     (tmp_path / "ranks").mkdir()
     with fault_proxy(s3_server.url, seed) as proxy, Ranks(tmp_path / "ranks") as ranks:
         environment = s3_server.environment | {"AWS_ENDPOINT_URL": url_of(proxy)}
@@ -108,7 +145,7 @@ def test_kills_and_a_failing_network_leave_the_bytes_of_an_undisturbed_job(
             output = path_of(f"{bucket}/out{tally.stores}")
             rng = np.random.default_rng([seed, tally.stores])
             launches = [Launch(ranks, output, environment, **settings) for _ in range(2)]
-            fill(launches, output, rng, tally, wanted)
+            fill(scene, launches, output, rng, tally, wanted, tmp_path)
             tally.faults = dict(proxy.met)
             with capsys.disabled():
                 minutes = (time.monotonic() - started) / 60

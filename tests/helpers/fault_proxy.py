@@ -48,6 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.choose(self.command, "If-None-Match" in self.headers)
+        if self.server.refusal:
+            return self._answer(403, self.server.refusal)
         if fault == "reset":
             return self._hang_up(reset=True)
         if fault in CODES:
@@ -116,6 +118,8 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         parts = urlsplit(target)
         self.host, self.port = parts.hostname or "", parts.port or 80
+        self.refusal = ""
+        """Error code with which every request is refused (403), if it is set."""
         self.met: Counter[str] = Counter()
         """Requests by what they met."""
         self._random, self._rates, self._lock = random.Random(seed), rates, threading.Lock()

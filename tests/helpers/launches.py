@@ -23,7 +23,7 @@ class Launch:
         environment: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        self.ranks, self.output, self._environment = ranks, output, dict(environment or {})
+        self.ranks, self.output, self.environment = ranks, output, dict(environment or {})
         self.argv = ["gradproj.run", *flags(output_dir=output, **settings)]
 
     def start(self, world_size: int, **how: Any) -> None:
@@ -40,7 +40,7 @@ class Launch:
         for rank in range(world_size):
             variables = {**shared, "RANK": rank, "LOCAL_RANK": rank}
             environment = {name: str(value) for name, value in variables.items()}
-            environment |= self._environment
+            environment |= self.environment
             self.ranks.start(self.argv, rank, environment=environment, **how)
 
     def die_at(self, step: str, world_size: int = 2, **how: Any) -> None:
@@ -70,7 +70,7 @@ class Launch:
     def die_merging_at(self, step: str) -> None:
         """Run the command ``merge`` and kill it at a step."""
         argv = ["gradproj.__main__", "merge", str(self.output)]
-        self.ranks.start(argv, environment=self._environment, kill_at=step)
+        self.ranks.start(argv, environment=self.environment, kill_at=step)
         self.killed_at(step)
 
 

@@ -1,6 +1,7 @@
 """Scores by token and layer against autograd with a weight of its own for every position."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner
+from gradproj.cli.query import AnswerWatch, QueryConfig, Session, answer
 from gradproj.query import Query, QueryProjector, token_scores
 from gradproj.store.head_rows import HEAD_NAME
 
@@ -353,3 +355,20 @@ def test_a_store_of_a_training_run_is_refused(dense, ask, monkeypatch):
     monkeypatch.setattr("gradproj.cli.query.split.is_job_store", lambda store: False)
     message = ask.mistake(dense.output, "--query_store", dense.output, "--tokens")
     assert "rows of a training run are of the weights of their step" in message
+
+
+def test_passes_of_texts_report_to_a_watch_that_may_end_them(dense):
+    config = QueryConfig(output=str(dense.output), text=A, tokens=True, top_k=3, device="cpu")
+    seen = []
+
+    class Watch(AnswerWatch):
+        def advanced(self, n_done, n_total):
+            seen.append((n_done, n_total))
+            if n_total == 6:  # documents: three at either end
+                raise KeyError("enough")
+
+    config = replace(config, bottom_k=3)
+    with pytest.raises(KeyError, match="enough"):
+        answer(config, Session(config.output), watch=Watch())
+    assert seen[-1][1] == 6
+    assert answer(config, Session(config.output)).tokens is not None

@@ -157,9 +157,9 @@ def test_keyboard_alone(visit):
 def test_results_stream_and_cancel_stops_the_scan(visit, server, monkeypatch):
     advanced = ControlWatch.advanced
 
-    def slow(self, n_done, n_total):
+    def slow(self, n_done, n_total, what):
         time.sleep(0.4)
-        advanced(self, n_done, n_total)
+        advanced(self, n_done, n_total, what)
 
     monkeypatch.setattr(ControlWatch, "advanced", slow)
     visitor, (_, queue) = visit(), server

@@ -41,7 +41,8 @@ def rank_by_checkpoints(question: Question) -> Ranked:
             check_is_job_store(other)
             check_has_rows(other)
             if config.tokens:
-                check_can_split(config.at(str(other.path.parent)), other)
+                of_other = question.at(str(other.path.parent), other)
+                check_can_split(of_other.config, other, of_other.session)
         of_each = [
             Gradients.of(question.at(output, one))
             for output, one in zip(config.outputs, stores, strict=True)

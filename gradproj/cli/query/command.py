@@ -113,7 +113,7 @@ def answer(
         if config.show_text:
             read_text = functools.partial(text_of, session.index(config))
         if config.tokens:
-            check_can_split(config, store)
+            check_can_split(config, store, session)
         question = Question(config, store, session, (n_top, n_bottom), note, texts, watch)
         rank = _RANKERS.get(config.score, rank_by_gradients)
         ranked = (rank_by_checkpoints if config.others else rank)(question)

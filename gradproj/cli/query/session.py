@@ -15,7 +15,13 @@ from gradproj.cli.query.subjects import Subjects
 from gradproj.corpus.index import CorpusIndex
 from gradproj.distributed import Process
 from gradproj.errors import StoreError
-from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
+from gradproj.job.recorded import (
+    RecordedEngine,
+    config_from,
+    recorded_engine,
+    recorded_index,
+    recorded_tokenizer,
+)
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
 from gradproj.storage.object_path import path_of
@@ -69,6 +75,16 @@ class Session:
             return QueryProjector(store, config_from(config), config.device, config.query_model)
 
         return self._keep(("projector", config.query_model, config.device), load)
+
+    def engine(self, config: QueryConfig, store: ProjectionStore) -> RecordedEngine:
+        """Return the job's model with its engine; hold ``lock`` while it works."""
+        if not config.query_model and not config.query_store:
+            return self.projector(config, store).recorded
+
+        def load() -> RecordedEngine:
+            return recorded_engine(store, config_from(config), config.device)
+
+        return self._keep(("engine", config.device), load)
 
     def tokenizer(self, config: RecordedRunArgs, store: ProjectionStore) -> tuple[Any, int]:
         """Return ``(tokenizer, number of the model's token ids)``; no weight is read."""

@@ -6,10 +6,11 @@ import numpy as np
 
 from gradproj.analysis.ranking import Ranker, Ranking
 from gradproj.analysis.scan import Rows, Scan
-from gradproj.cli.query.session import Question
+from gradproj.cli.query.session import Question, Session
 from gradproj.cli.score_args import is_job_store
+from gradproj.corpus.index import CorpusIndex
 from gradproj.errors import StoreError
-from gradproj.job.recorded import config_from, recorded_engine, recorded_index
+from gradproj.job.recorded import RecordedEngine, config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.query import QueryProjector, QueryRows
@@ -17,33 +18,26 @@ from gradproj.query.token_scores import TokenScores, TokenSplitter
 from gradproj.store import ProjectionStore
 
 
-def check_can_split(inputs: RecordedRunArgs, store: ProjectionStore) -> None:
+def check_can_split(config: RecordedRunArgs, store: ProjectionStore, session: Session) -> None:
     """Raise ``CorpusError`` if the tars are not there, ``StoreError`` if no model is recorded."""
     if not is_job_store(store):
         raise StoreError(
             f"{store.path} was not written by the job: rows of a training run are of the weights "
             "of their step, so no model gives their tokens. Leave --tokens out"
         )
-    recorded_index(store.path.parent, inputs.shards)
+    session.index(config)
 
 
 def splitter_of(
     inputs: RecordedRunArgs,
     store: ProjectionStore,
-    device: str,
+    made: RecordedEngine,
+    index: CorpusIndex,
     projector: QueryProjector | None,
-    query_model: str = "",
 ) -> TokenSplitter:
-    """Return what splits scores, with the projector's model if that is the job's.
-
-    Without a projector, queries are not split. Raises as ``QueryProjector`` does.
-    """
+    """Return what splits scores with the job's model; queries too if there is a projector."""
     run = config_from(inputs)
-    if projector is None or query_model:
-        made = recorded_engine(store, run, device)
-    else:
-        made = projector.recorded
-    documents = RecordedDocuments(store, run, made.tokenizer, made.vocabulary, inputs.shards)
+    documents = RecordedDocuments(store, run, made.tokenizer, made.vocabulary, index)
     return TokenSplitter(made, documents, projector)
 
 
@@ -58,7 +52,8 @@ def split_answer(
     with session.lock:
         if not config.query_store and not config.makes_sets:
             projector = session.projector(config, store)
-        splitter = splitter_of(config, store, config.device, projector, config.query_model)
+        made, index = session.engine(config, store), session.index(config)
+        splitter = splitter_of(config, store, made, index, projector)
         return split_scores(splitter, scan, rows, [ranking.top.ids, ranking.bottom.ids])
 
 

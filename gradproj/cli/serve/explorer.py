@@ -53,11 +53,12 @@ class ControlWatch(ScanWatch):
         self._control, self._posted = control, 0.0
         self.is_at_end = False
 
-    def advanced(self, n_done: int, n_total: int) -> None:
+    def advanced(self, n_done: int, n_total: int, what: str) -> None:
         self._control.check()
         self.is_at_end = n_done >= n_total
         if self.is_due():
-            self._control.post({"event": "progress", "done": n_done, "total": n_total})
+            progress = {"done": n_done, "total": n_total, "what": what}
+            self._control.post({"event": "progress", **progress})
 
     def is_due(self) -> bool:
         """Return True a few times a second, and at the end of a scan."""
@@ -90,8 +91,8 @@ class PartialAnswers(AnswerWatch):
         ]
         self._control.post({"event": "asked", "queries": named})
 
-    def advanced(self, n_done: int, n_total: int) -> None:
-        self._progress.advanced(n_done, n_total)
+    def advanced(self, n_done: int, n_total: int, what: str) -> None:
+        self._progress.advanced(n_done, n_total, what)
         self._hits.is_at_end = self._progress.is_at_end
 
     def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
