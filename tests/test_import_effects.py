@@ -93,6 +93,7 @@ after = snapshot()
 print(json.dumps({
     "imported": names,
     "compiler": compiler,
+    "buckets": "obstore" in sys.modules,
     "changed": {name: [repr(before[name])[:2000], repr(after[name])[:2000]]
                 for name in before if before[name] != after[name]},
 }))
@@ -108,4 +109,5 @@ def test_importing_every_module_changes_no_setting():
     result = json.loads(child.stdout.splitlines()[-1])
     assert {"gradproj.run", "gradproj.store.texts", "gradproj.training"} <= set(result["imported"])
     assert result["changed"] == {}
+    assert not result["buckets"], "outputs on disk need no obstore"
     assert not result["compiler"], "a query that scans no packed rows or text waits for numba"

@@ -29,6 +29,8 @@ from gradproj.store.writer import shard_chunks
 class ObjectCommits(Commits):
     """Commits of one process in a bucket."""
 
+    publisher: ObjectPublisher
+
     def __init__(self, output: Path, owner: Owner) -> None:
         super().__init__(output, owner)
         self.publisher = ObjectPublisher()

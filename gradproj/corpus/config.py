@@ -48,7 +48,7 @@ class CorpusConfig(Flags, title="corpus"):
 
     @property
     def cache(self) -> FileCache | None:
-        """Where whole tars are kept; None without ``cache_dir``."""
+        """The cache of whole tars; None without ``cache_dir``."""
         return cache_of(self.cache_dir, self.cache_gb)
 
     @property

@@ -26,7 +26,7 @@ from gradproj.model.loading import check_causal, load_shards
 class Fetch(Protocol):
     """A way to put a block's bytes together. Returns what waits until they are there."""
 
-    def __call__(self, content: Tensor, share: Tensor) -> Callable[[], Any]: ...
+    def __call__(self, content: Tensor, share: Tensor, /) -> Callable[[], Any]: ...
 
 
 def load_in_blocks(

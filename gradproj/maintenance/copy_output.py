@@ -26,6 +26,7 @@ from gradproj.storage.contents import files_below
 from gradproj.storage.copying import copy_file, size_or_none
 from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import names_in, path_of
+from gradproj.storage.probe import PROBE_DIR
 from gradproj.storage.publish import PREPARED_DIR, replace
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import (
@@ -41,7 +42,7 @@ from gradproj.store.unit_record import decode_record, list_records, record_name
 MARKER_NAME = "copy.json"
 """File of a copy that is not finished: which store it is of."""
 GROUP = f"{STORE_NAME}/zarr.json"
-_OF_PROCESSES = {CLAIMS_DIR, HEARTBEATS_DIR, SCRATCH_DIR, PREPARED_DIR}
+_OF_PROCESSES = {CLAIMS_DIR, HEARTBEATS_DIR, SCRATCH_DIR, PREPARED_DIR, PROBE_DIR}
 _AT_ONCE = 4
 
 

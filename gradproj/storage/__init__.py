@@ -1,1 +1,1 @@
-"""Where bytes lie: addresses of buckets and web servers, and the one client that reaches them."""
+"""Places of bytes: addresses of buckets and web servers, and the one client that reaches them."""

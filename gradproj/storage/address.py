@@ -130,7 +130,7 @@ class Address:
 
 
 Location = Path | Address
-"""Where a file or an object lies."""
+"""The place of a file or an object."""
 
 
 def parse_location(text: str, anonymous: bool = False) -> Location:

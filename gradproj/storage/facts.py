@@ -1,4 +1,4 @@
-"""What tells one version of a remote object from another."""
+"""Facts that tell one version of a remote object from another."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ObjectFacts:
-    """What tells one version of an object from another."""
+    """Facts that tell one version of an object from another."""
 
     size_bytes: int
     etag: str = ""

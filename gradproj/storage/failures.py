@@ -1,4 +1,4 @@
-"""What an error of a remote store means: a reason for code, and one line for people.
+"""Meanings of a remote store's errors: a reason for code, and one line for people.
 
 The text of obstore's errors holds addresses, request ids and whatever a server answered, so none of
 it is shown: a message is made of the reason, the store's error code and the HTTP status.
@@ -18,7 +18,7 @@ Reason = Literal[
 ]  # fmt: skip
 
 RETRIED: tuple[Reason, ...] = ("unavailable", "conflict")
-"""Reasons that pass. A 409 is neither yes nor no: of two writes at once one is told to come again.
+"""Reasons that pass. A 409 is neither yes nor no: of two writes at once one is sent away.
 """
 
 _STATUS = re.compile(r"status code: (\d{3})|\bstatus: (\d{3})")

@@ -1,4 +1,4 @@
-"""How often and how long a request is tried again, in one place.
+"""One rule for how often and how long a request is tried again.
 
 obstore itself repeats a request that ended in 5xx, 408 or 429, in a refused or reset connection or
 in a stall, with a growing random pause, and continues a body that was cut from where it stopped,

@@ -1,6 +1,6 @@
 """A range of a remote object as a file that is read forward, from one request.
 
-What ends early is never taken for the end: a body that is cut or stalls is asked for again from
+A body that ends early is never its end: a body that is cut or stalls is asked for again from
 where it stopped, and the number of bytes is known beforehand.
 """
 

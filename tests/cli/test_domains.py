@@ -208,7 +208,9 @@ def test_numbers_in_the_figure_fit_their_cells_and_names_do_not_overlap(
     output = many_domains(tmp_path / "out", names)
     saved = []
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, path: (saved.append(self), plain_save(self, path))
+        Figure,
+        "savefig",
+        lambda self, image, **options: (saved.append(self), plain_save(self, image)),
     )
     with ProjectionStore(output.path) as store:
         draw_domains(facts_in(store), tmp_path / "figure.png")
@@ -239,8 +241,8 @@ def test_numbers_in_the_figure_fit_their_cells_and_names_do_not_overlap(
     )  # nothing is cut off
 
 
-def plain_save(figure, path):
-    figure.canvas.print_png(path)
+def plain_save(figure, file):
+    figure.canvas.print_png(file)
 
 
 def facts_in(store):

@@ -98,7 +98,7 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(hub, tars, tmp_
     assert not any("authorization" in {k.lower() for k in r.headers} for r in hub.storage.requests)
     save_index(index, tmp_path / "corpus.json")
     assert TOKEN not in (tmp_path / "corpus.json").read_text()
-    # The index names the commit: whoever loads it asks the hub for nothing but the bytes.
+    # The index names the commit: a process that loads it asks the hub for nothing but the bytes.
     hub.site.requests.clear()
     assert texts(load_index(tmp_path / "corpus.json")) == texts(index)
     assert not [r for r in hub.site.requests if r.path.startswith("/api/")]

@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import time
@@ -92,7 +93,8 @@ def torment_torchrun(scene, output, environment, rng, tally, logs):
             tally.kills += 1
             tally.launchers += target != "worker"
         job.wait_until_gone(PATIENCE_S)
-        assert "Traceback" not in job.log_text() or target == "worker", job.log_text()
+        # Nothing of a dead launcher's rendezvous matters, and nothing else may be wrong.
+        assert not re.search("belongs to|is damaged|AssertionError", job.log_text()), job.log_text()
     finally:
         job.end()
 

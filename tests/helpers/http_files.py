@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Request:
-    """What a client asked for."""
+    """A request as the server got it."""
 
     method: str
     path: str

@@ -16,7 +16,7 @@ from gradproj.storage.listing import all_facts, glob_objects, list_folder, read_
 from gradproj.storage.retry import RetryPolicy
 from gradproj.storage.stream import NoRanges, ObjectChanged, ObjectStream
 
-FAST = RetryPolicy(first_s=0.01, longest_s=0.05, deadline_s=2.0, tries=4, stall_s=0.3)
+FAST = RetryPolicy(first_s=0.01, longest_s=0.05, deadline_s=30.0, tries=4, stall_s=1.0)
 CONTENT = np.random.default_rng(0).bytes(5_000_000)
 START, STOP = 1_000, 4_500_000
 
@@ -51,7 +51,7 @@ def test_a_range_is_one_request_however_it_is_read(site, address):
 
 
 @pytest.mark.parametrize("etags", [True, False])
-@pytest.mark.parametrize("fault", [("cut", 1_700_000), ("stall", 1_700_000, 1.0), 503, ("cut", 0)])
+@pytest.mark.parametrize("fault", [("cut", 1_700_000), ("stall", 1_700_000, 3.0), 503, ("cut", 0)])
 def test_a_body_that_is_cut_or_stalls_goes_on_from_where_it_stopped(site, address, fault, etags):
     site.etags = etags
     site.faults.append(fault)
@@ -104,8 +104,9 @@ def test_a_server_without_ranges_sends_whole_objects_only(site, address):
 
 
 def test_memory_does_not_grow_with_the_range(site, address):
-    site.files["/a b/x.tar"] = CONTENT * 8
-    stream = stream_of(address, 0, None)
+    site.files["/a b/x.tar"] = CONTENT * 4
+    ((_, facts),) = all_facts([address]).items()
+    stream = ObjectStream(address, facts)  # a busy machine may stall
     tracemalloc.start()
     try:
         while stream.read(512):

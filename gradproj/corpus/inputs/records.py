@@ -49,7 +49,7 @@ class InputReader:
     """Top-level names to read, whatever their type. Other nested or binary columns are skipped."""
     token_rules: TokenRules = field(default_factory=TokenRules)
     anonymous: bool = False
-    """Whether a remote input is read without credentials."""
+    """Read remote inputs without credentials."""
     position: Callable[[], int] = lambda: 0
     """Returns the bytes of the file read so far. Set by the reader, valid between two records."""
 

@@ -1,4 +1,4 @@
-"""Where tars lie, on disk or remote: their present facts, their bytes, and files beside them."""
+"""Tars on disk and remote ones: their present facts, their bytes, and files beside them."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
