@@ -14,6 +14,7 @@ COMMANDS = {
     "status": "show the progress of a job from its output directory",
     "verify": "check every checksum of an output; repair or recompute on request",
     "merge": "merge committed units into columns and statistics",
+    "copy": "copy an output between disks and buckets, or continue a copy",
     "export": "write rows as the .pt files of earlier GradProjLora code",
     "tokenizer": "train a byte-level BPE tokenizer on a corpus",
     "train": "train a causal language model on a corpus",

@@ -45,7 +45,7 @@ class DamagedFile(StoreError):
 
     def __init__(self, path: str | Path, problem: str, way_out: str) -> None:
         super().__init__(path, problem, way_out)
-        self.path = Path(path)
+        self.path = Path(path) if isinstance(path, str) else path
         self.problem = problem
         """The message without the path and the way out: "is damaged: it is empty"."""
         self.way_out = way_out

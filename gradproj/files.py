@@ -6,7 +6,6 @@ Every error that a user can act on (full disk, quota, read-only, no permission) 
 import ctypes
 import errno
 import fcntl
-import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import IO, Any
 import google_crc32c
 import numpy as np
 
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import StoreError
 
 _WAYS_OUT = {
     errno.ENOSPC: "Free space there, then start again: what was finished is kept.",
@@ -57,10 +56,10 @@ def crc32c(data: Any, value: int = 0) -> int:
     return google_crc32c.extend(value, np.frombuffer(data, np.uint8))
 
 
-def file_sum(path: str | Path) -> dict[str, int]:
+def file_sum(path: Path) -> dict[str, int]:
     """Return ``{"bytes": size, "crc32c": checksum}`` of a file's present content."""
     total, checksum = 0, 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             total += len(data)
             checksum = crc32c(data, checksum)
@@ -225,71 +224,7 @@ def existing_ancestor(path: Path) -> Path:
     return path
 
 
-# --- a command's results ---
-
-
-def make_folder(flag: str, folder: str | Path) -> Path:
-    """Make the folder that a flag names, with its parents, before any work is done for it.
-
-    Raises:
-        ConfigError: a part of the path is a file, or the system makes no folder there.
-        StoreError: it cannot be written.
-    """
-    try:
-        with explain_os_errors(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(
-            f"{flag} {folder}: it, or a folder above it, is a file; give another path"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{flag} {folder}: cannot make this folder ({error.strerror}); give another path"
-        ) from error
-    return Path(folder)
-
-
-def write_result(flag: str, path: Path, chunks: Iterable[Any]) -> None:
-    """Write the file that a flag names, whole or not at all.
-
-    Raises:
-        ConfigError: the system makes no file there.
-        StoreError: it cannot be written.
-    """
-    try:
-        write_and_replace(path, chunks)
-    except OSError as error:
-        raise ConfigError(
-            f"{flag} {path}: cannot write this file ({error.strerror}); give another path"
-        ) from error
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a ``.npy`` file, whole or not at all."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_and_replace(path, [buffer.getbuffer()])
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write an ``.npz`` file, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_and_replace(path, [buffer.getbuffer()])
-
-
-def load_array(path: Path) -> np.ndarray:
-    """Read a ``.npy`` file that a command keeps to continue from.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise StoreError(
-            f"{path} cannot be read ({error}). Delete it, and the same command makes it again"
-        ) from error
+# --- locks ---
 
 
 def try_lock(file: IO[str]) -> bool | None:

@@ -88,7 +88,7 @@ def compute_and_merge(job: Job, device: torch.device, stop: StopRequest) -> bool
     queue = UnitQueue(
         plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop
     )
-    with Heartbeat(plan.output / HEARTBEATS_DIR, job.owner, progress):
+    with Heartbeat(plan.output / HEARTBEATS_DIR, job.owner, progress, queue.commits.pace):
         try:
             with queue.deletions_explained():
                 compute(job, queue, device, stop, progress)

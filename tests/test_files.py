@@ -11,15 +11,12 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.files import (
     explain_os_errors,
     file_sum,
-    load_array,
-    make_folder,
     publish_exclusively,
     replace_atomically,
-    save_array,
     try_lock,
     write_file_durably,
-    write_result,
 )
+from gradproj.storage.results import load_array, make_folder, save_array, write_result
 
 
 def test_written_file_has_the_returned_sum(tmp_path):

@@ -52,7 +52,7 @@ def document_map(
     scan = Scan.alone(store, options, "document_map", DOMAIN_SCORES)
     ids = _sampled(store, n, seed)
     products = torch.zeros(len(ids), len(ids), dtype=torch.float64)
-    with ScanProgress(len(scan.layers), None) as progress:
+    with ScanProgress(len(scan.layers), what="layers") as progress:
         for of_layer in _products_by_layer(scan, ids):
             products += of_layer
             progress.update(1)

@@ -9,6 +9,7 @@ from gradproj.analysis.preconditioner_file import folder_of
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.errors import StoreError
+from gradproj.storage.contents import folder_stamp
 from gradproj.store import ProjectionStore
 
 _KIND = "second_moment"
@@ -51,11 +52,11 @@ def fit_cached(
 
 def state_of(store: ProjectionStore) -> str:
     """Return a short hash that changes when rows are added, repaired or removed."""
-    # Publishing, repairing or removing a shard changes the mtime of the shards' directory; a
-    # unit's rows count once its record is there, which changes the number of ok rows.
-    mtime_ns = (store.path / "projections").stat().st_mtime_ns
+    # Publishing, repairing or removing a shard changes the shards' directory; a unit's rows count
+    # once its record is there, which changes the number of ok rows.
+    stamp = folder_stamp(store.path / "projections")
     n_ok = store.status_counts()["ok"]
-    return hashlib.sha256(f"{mtime_ns} {n_ok}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{stamp} {n_ok}".encode()).hexdigest()[:12]
 
 
 def _save(

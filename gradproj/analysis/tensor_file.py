@@ -1,6 +1,7 @@
 """safetensors files with settings and a checksum, written atomically."""
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradproj.errors import StoreError
-from gradproj.files import crc32c, explain_os_errors, write_and_replace
+from gradproj.files import crc32c, explain_os_errors
+from gradproj.storage.contents import local_file
+from gradproj.storage.publish import replace
 
 FORMAT_VERSION = 2
 """2 added the checksum."""
+_MAX_HEADER_BYTES = 2**24
 
 
 def write_tensors(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -28,7 +32,7 @@ def write_tensors(path: Path, settings: Mapping[str, Any], tensors: Mapping[str,
     }
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_and_replace(path, [save(contiguous, metadata)])
+    replace(path, [save(contiguous, metadata)])
 
 
 def read_tensors(path: Path, way_out: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -39,7 +43,7 @@ def read_tensors(path: Path, way_out: str) -> tuple[dict[str, Any], dict[str, Te
             "fit it again".
     """
     try:
-        with safe_open(path, "pt") as file:
+        with local_file(path) as local, safe_open(local, "pt") as file:
             metadata = file.metadata() or {}
             version = metadata.get("format_version")
             if version != str(FORMAT_VERSION):
@@ -61,10 +65,11 @@ def read_settings(path: Path, way_out: str) -> tuple[dict[str, Any], str]:
         StoreError: a damaged file.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+        with path.open("rb") as file:
+            (n_bytes,) = struct.unpack("<Q", file.read(8))
+            metadata = json.loads(file.read(min(n_bytes, _MAX_HEADER_BYTES)))["__metadata__"]
         return json.loads(metadata["settings"]), metadata["crc32c"]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (struct.error, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}): delete it and {way_out}") from error
 
 

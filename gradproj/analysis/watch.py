@@ -16,8 +16,8 @@ from tqdm import tqdm
 class ScanWatch:
     """Called by a scan between its blocks; an exception from either method ends the scan."""
 
-    def advanced(self, n_done: int, n_total: int) -> None:
-        """``n_done`` of the scan's ``n_total`` samples are done."""
+    def advanced(self, n_done: int, n_total: int, what: str) -> None:
+        """Note that ``n_done`` of ``n_total`` are done, of ``what``: ``documents``, ``texts``."""
 
     def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
         """``ends()`` returns both ends of the scores so far, two ``TopDocuments`` of numpy arrays.
@@ -47,11 +47,12 @@ def present_watch() -> ScanWatch | None:
 class ScanProgress:
     """Progress of one scan: a bar on standard error, if it has a label, and calls of the watch."""
 
-    def __init__(self, n_total: int, label: str | None) -> None:
+    def __init__(self, n_total: int, label: str | None = None, what: str = "documents") -> None:
         self._bar = tqdm(
             total=n_total, desc=label, unit="row", unit_scale=True, disable=label is None
         )
-        self._n_done, self._n_total, self._watch = 0, n_total, present_watch()
+        self._n_done, self._n_total, self._what = 0, n_total, what
+        self._watch = present_watch()
 
     def __enter__(self) -> "ScanProgress":
         return self
@@ -60,8 +61,8 @@ class ScanProgress:
         self._bar.close()
 
     def update(self, n: int) -> None:
-        """Count ``n`` more samples."""
+        """Count ``n`` more."""
         self._bar.update(n)
         self._n_done += n
         if self._watch is not None:
-            self._watch.advanced(self._n_done, self._n_total)
+            self._watch.advanced(self._n_done, self._n_total, self._what)

@@ -18,6 +18,7 @@ def curvature_command(argv: list[str]) -> None:
         "eigenvalues, on a sample of the store's documents. Written to OUTPUT/curvature, a file "
         "per layer; a call that was interrupted is continued by the same call.",
     )
+    config.apply()
     with ProjectionStore(config.output) as store:
         if not is_job_store(store):
             raise StoreError(

@@ -15,13 +15,14 @@ from gradproj.analysis.score_types import DOMAIN_SCORES
 from gradproj.cli.score_args import ScoreArgs, check_has_rows
 from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
-from gradproj.files import make_folder, write_result
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import one_line
-from gradproj.job.recorded_args import OUTPUT_HELP
+from gradproj.job.recorded_args import ReadingArgs, output_flag
 from gradproj.report.domain_figure import draw_domains
 from gradproj.report.domain_summary import DomainFacts, as_json, domain_facts, lost_text
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
+from gradproj.storage.object_path import path_of
+from gradproj.storage.results import make_folder, write_result
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import DOMAINS_DIR
 
@@ -33,11 +34,13 @@ _NAME = 26
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainsConfig(ScoreArgs, title="domains"):
+class DomainsConfig(ScoreArgs, ReadingArgs, title="domains"):
     """Which store to read, and where the files go."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
-    output_dir: str = flag("Directory for the files; default: OUTPUT/domains.", "", path="DIR")
+    output: str = output_flag()
+    output_dir: str = flag(
+        "Directory for the files; default: OUTPUT/domains.", "", path="DIR", remote=True
+    )
     format: str = flag("Output format.", "table", choices=("table", "json"))
     device: str = flag("Device on which rows are compared.", "auto", choices=DEVICES)
 
@@ -50,6 +53,7 @@ def domains_command(argv: list[str]) -> None:
         DomainsConfig,
         description="Mean gradients, cosines and influences of a store's domains.",
     )
+    config.apply()
     for line in domains(config):
         print(line)
 
@@ -70,7 +74,7 @@ def domains(config: DomainsConfig) -> list[str]:
             verify = f"python -m gradproj verify {store.path.parent}"
             raise StoreError(f"{store.path}: no row of any domain can be read; see {verify}")
         content = as_json(facts, store, MEANS_NAME)
-        folder = Path(config.output_dir or store.path.parent / DOMAINS_DIR)
+        folder = path_of(config.output_dir or store.path.parent / DOMAINS_DIR)
     written = _write(folder, content, facts)
     if config.format == "json":
         return [json.dumps(content, indent=2, allow_nan=False)]

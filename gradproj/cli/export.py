@@ -12,6 +12,7 @@ def export_command(argv: list[str]) -> None:
     """Write the files and print where they are."""
     about = "Write ok rows and their sample ids as float32 .pt files of earlier GradProjLora code."
     (config,) = parse(argv, "gradproj export", ExportConfig, description=about)
+    config.apply()
     with ProjectionStore(config.output) as store:
         export = plan_export(store, config)
         print("\n".join(export_lines(export, Path(config.to))), flush=True)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from gradproj.flags import Flags, flag, parse
+from gradproj.flags import Flags, parse
 from gradproj.formatting import count, ranges_text
-from gradproj.job.recorded_args import OUTPUT_HELP
+from gradproj.job.recorded_args import output_flag
 from gradproj.job.summary import stats_lines
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.merge import merge_now
@@ -14,7 +14,7 @@ from gradproj.maintenance.merge import merge_now
 class MergeConfig(Flags, title="merge"):
     """Which output to merge."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    output: str = output_flag()
 
 
 def merge_command(argv: list[str]) -> None:

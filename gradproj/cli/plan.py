@@ -16,8 +16,11 @@ from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
 from gradproj.job.shown_documents import show_documents
 from gradproj.job.summary import memory_lines, plan_lines
+from gradproj.storage.object_path import in_bucket
+from gradproj.storage.probe import check_conditional_writes
 from gradproj.store import ProjectionStore
-from gradproj.store.layout import STORE_NAME, UNITS_DIR
+from gradproj.store.layout import UNITS_DIR
+from gradproj.store.metadata import store_exists
 from gradproj.store.unit_record import list_records
 
 
@@ -36,19 +39,22 @@ def plan_command(argv: list[str]) -> None:
     """Check the job's flags and print the plan; writes nothing."""
     about = (
         "With the job's flags: make every check that precedes the job, and estimate disk and "
-        "memory (and the time left, once units are committed). Writes nothing."
+        "memory (and the time left, once units are committed). Writes nothing, but in a bucket an "
+        "object that it deletes again, to see whether conditional writes work."
     )
     config, args = parse_run(argv, "gradproj plan", PlanArgs, description=about)
     device, warning = choose_device(config.job.device, 0)
-    output = Path(config.job.output_dir)
+    output = config.output
     _check_writable(output)
     plan = make_plan(config)
     if warning:
         print(warning, file=sys.stderr, flush=True)
     n_recorded = len(np.intersect1d(plan.wanted, list_records(output / UNITS_DIR)))
     memory = memory_lines(plan, device)
+    if in_bucket(output):
+        memory.append(f"bucket        {output} takes conditional writes, and these credentials")
     lines = [*plan_lines(plan, n_recorded), *memory, f"device        {device}"]
-    if (output / STORE_NAME).exists():
+    if store_exists(output):
         with ProjectionStore(output) as store:
             lines += dimension_lines(store)
     if args.show:
@@ -58,6 +64,9 @@ def plan_command(argv: list[str]) -> None:
 
 def _check_writable(output: Path) -> None:
     """Raise ``StoreError`` if the folder could not be made or written to; does not make it."""
+    if in_bucket(output):
+        check_conditional_writes(output)
+        return
     folder = existing_ancestor(output)
     if not folder.is_dir():
         raise StoreError(f"--output_dir {output}: {folder} is a file; give a folder")

@@ -10,11 +10,10 @@ import numpy as np
 from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_types import DOMAIN_SCORES
 from gradproj.analysis.scores import both_ends_of
-from gradproj.cli.query.tokens import split_scores, splitter_of
+from gradproj.cli.query.split import split_scores, splitter_of
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, CorpusError, GradprojError
-from gradproj.files import make_folder, write_result
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_index
@@ -28,9 +27,11 @@ from gradproj.report.document_tables import (
     documents_of,
     scaled_values,
 )
-from gradproj.report.number_format import digits, exponent_of
+from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
-from gradproj.report.token_shading import Shading, query_shading, shading_of
+from gradproj.report.token_shading import Scale, query_shading, shading_of
+from gradproj.storage.object_path import path_of
+from gradproj.storage.results import make_folder, write_result
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import REPORT_NAME
 from gradproj.store.texts import text_of
@@ -48,7 +49,11 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
         "JSONL file of queries, as for `query --queries`.", "", path="FILE", streams=True
     )
     page: str = flag(
-        "File of the page; default: OUTPUT/report.html.", "", renamed_from="output", path="FILE"
+        "File of the page; default: OUTPUT/report.html.",
+        "",
+        renamed_from="output",
+        path="FILE",
+        remote=True,
     )
     top_k: int = flag(
         "Number of documents in a table.",
@@ -79,6 +84,7 @@ def report_command(argv: list[str]) -> None:
         ReportConfig,
         description="One HTML page on a store: run, domains, outliers, answers to queries.",
     )
+    config.apply()
     path = report(config)
     print(
         f"{path} written, {human_bytes(path.stat().st_size)}; open it in any browser, it needs no "
@@ -97,7 +103,7 @@ def report(config: ReportConfig) -> Path:
     with ProjectionStore(config.output) as store:
         # OUTPUT may name the store's own directory.
         config = replace(config, output=str(store.path.parent))
-        path = Path(config.page or store.path.parent / REPORT_NAME)
+        path = path_of(config.page or store.path.parent / REPORT_NAME)
         if path.is_dir():
             raise ConfigError(
                 f"--page {path} is a folder; name a file, such as {path / 'report.html'}"
@@ -116,8 +122,9 @@ def report(config: ReportConfig) -> Path:
         answers = None
         if rows is not None:
             splitter = None
-            if config.tokens and texts.read is not None:
-                splitter = splitter_of(config, store, config.device, projector)
+            if config.tokens and texts.read is not None and projector is not None:
+                index = recorded_index(store.path.parent, config.shards)
+                splitter = splitter_of(config, store, projector.recorded, index, projector)
             asked = store, rows, query_options, config.top_k, texts, splitter
             answers = functools.partial(answers_of, *asked)
         page = make_page(store, options, texts, min(config.top_k, len(store)), answers)
@@ -133,7 +140,7 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
         CorpusError: ``--shards`` was given and has no tars of the corpus.
     """
     try:
-        index = recorded_index(Path(config.output), config.shards)
+        index = recorded_index(path_of(config.output), config.shards)
     except GradprojError as error:
         if config.shards:
             raise
@@ -179,9 +186,9 @@ def answers_of(
         shading, shaded = None, []
         if tokens is not None and len(ids[0]):
             all_values = np.concatenate(values).tolist()
-            scale = exponent_of(all_values), max(map(abs, all_values))
-            shading = functools.partial(_shading, tokens, q, scale)
-            shaded = query_shading(tokens, q, ids[0].tolist(), *scale)
+            scale = Scale(all_values)
+            shading = functools.partial(shading_of, tokens, q, scale)
+            shaded = query_shading(tokens, q, ids[0].tolist(), scale)
         high, low = (
             documents_of(store, sample_ids, formatted, texts, BESIDE_CHARACTERS, shading)
             for sample_ids, formatted in zip(ids, scores, strict=True)
@@ -222,7 +229,3 @@ def _tokens(
     except (GradprojError, OSError) as error:
         texts.problem = texts.problem or f"Some texts are not shown by token: {error}"
         return None
-
-
-def _shading(tokens: TokenScores, query: int, scale: tuple[int, float], sample_id: int) -> Shading:
-    return shading_of(tokens, query, sample_id, *scale)

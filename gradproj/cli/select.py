@@ -36,6 +36,7 @@ from gradproj.selection.score_lists import (
     target_tokens,
 )
 from gradproj.selection.writing import write_ids, write_lines, write_tars
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 
@@ -64,6 +65,7 @@ def select_command(argv: list[str]) -> None:
     with report_errors_from_rank_0(process.rank):
         about = "Write the documents of a store that score highest for queries, best first."
         (config,) = parse(argv, "gradproj select", SelectConfig, description=about)
+        config.apply()
         with stop_signals(process), process_group(process):
             selection = select(config, process)
     if selection is not None:
@@ -117,7 +119,7 @@ class _Chooser:
     def of(cls, config: SelectConfig, store: ProjectionStore) -> "_Chooser":
         """Check, before the scan, what can be checked."""
         if config.form != IDS:
-            recorded_index(Path(config.output), config.shards)
+            recorded_index(path_of(config.output), config.shards)
         left_out = np.empty(0, np.int64)
         if config.not_in:
             left_out, n_unknown = read_excluded(Path(config.not_in), store)
@@ -197,7 +199,7 @@ def _write(
     if config.form == IDS:
         write_ids(work / "tars" / name, picks)
         return 0
-    index = recorded_index(Path(config.output), config.shards)
+    index = recorded_index(path_of(config.output), config.shards)
     spool = work / "spools" / "documents"
     if config.form == LINES:
         if index.tokenization is not None:

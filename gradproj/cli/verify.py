@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +23,7 @@ from gradproj.maintenance.verify import (
     VerifyConfig,
     verify,
 )
+from gradproj.storage.object_path import path_of
 from gradproj.store.layout import METADATA_NAME
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def verify_command(argv: list[str]) -> int:
         "no store there, or another model than the job's. With --repair it is the state afterwards."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
+    config.apply()
     verification, parts = verify(config.output, checksums=config.checksums), {}
     _print(config, verification_lines(verification) if config.checksums else [])
     if config.recompute:
@@ -84,7 +85,7 @@ def _next_step(output: str) -> str:
     try:
         from gradproj.job.recorded import job_command  # imports torch
 
-        command = job_command(Path(output))
+        command = job_command(path_of(output))
     except StoreError:
         return "run the job's command again"
     return f"run the job's command again, with any number of ranks, as in: {command}"
@@ -198,6 +199,10 @@ def repair_lines(result: Repair, next_step: str) -> list[str]:
         lines.append(f"repaired      {n_recovered} meanwhile, by another process")
     if result.merged:
         lines.append("repaired      columns, sums and statistics merged again from sound records")
+    if result.orphans:
+        lines.append(
+            f"repaired      shards of {count(len(result.orphans), 'unit')} without a record"
+        )
     for unit, owner in result.held.items():
         lines.append(f"left          unit {unit} is claimed by {owner}. Then repair again")
     lines += [f"left          {d.path} {d.what}" for d in result.left if d.unit not in result.held]

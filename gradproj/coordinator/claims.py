@@ -1,26 +1,26 @@
 """Claims: files that name the process working on a unit, and the rules by which one is stale.
 
-``claims/00000012.3`` is the third successor of unit 12's first claim. A claim is published by an
-exclusive link, so one of several claimants gets it. A stale claim is taken over by publishing the
-next number, and a claim is released by publishing a next number that is marked as a release. No
-claim file is deleted before the unit is committed.
+``claims/00000012.3`` is the third successor of unit 12's first claim. A claim is published under a
+name that must be free, so one of several claimants gets it. A stale claim is taken over by
+publishing the next number, and a claim is released by publishing a next number that is marked as a
+release. No claim file is deleted before the unit is committed.
 
-A claim only decides who should work on a unit. ``fencing`` keeps an owner that hung from publishing
-after its claim was taken over: the new owner first deletes the old one's unpublished files.
+A claim only decides who should work on a unit. What keeps an owner that hung from doing harm after
+its claim was taken over depends on the place of the output (``Commits``).
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gradproj.coordinator import fault_points
-from gradproj.coordinator.fencing import fence, recreate_scratch
+from gradproj.coordinator.commits import Check, Commits
 from gradproj.coordinator.heartbeats import HeartbeatWatch, Sighting
 from gradproj.coordinator.process_id import Owner
-from gradproj.files import publish_exclusively, write_file_durably
+from gradproj.errors import StoreError
+from gradproj.storage.object_path import names_in
 
 _CLAIM = re.compile(r"(\d{8,}|merge)\.(\d+)")
 
@@ -42,23 +42,25 @@ class ClaimBoard:
 
     Args:
         folder: ``OUTPUT/claims``.
-        scratch: this process's scratch directory. Those of other processes lie beside it.
-        owner: this process.
+        commits: how this process publishes.
         heartbeat_of: returns a process's heartbeat counter, None if it has no heartbeat.
-        check: called when the scratch directory has disappeared. Raises if the whole output was
-            deleted or replaced.
+        check: raises if the whole output was deleted or replaced.
         delete_heartbeat_of: deletes the heartbeat of a process whose claim was taken over. A
             process that still runs writes it again.
     """
 
     folder: Path
-    scratch: Path
-    owner: Owner
+    commits: Commits
     heartbeat_of: Callable[[Owner], int | None]
-    check: Callable[[], None] = lambda: None
+    check: Check = lambda: None
     delete_heartbeat_of: Callable[[Owner], None] = lambda owner: None
     _watch: HeartbeatWatch = field(default_factory=HeartbeatWatch)
     _mine: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> Owner:
+        """This process."""
+        return self.commits.owner
 
     def current(self) -> dict[str, int]:
         """Return the number of the newest claim of each claimed unit."""
@@ -68,8 +70,7 @@ class ClaimBoard:
         return newest
 
     def _list(self) -> list[tuple[str, int]]:
-        with os.scandir(self.folder) as entries:
-            matches = [_CLAIM.fullmatch(entry.name) for entry in entries]
+        matches = [_CLAIM.fullmatch(name) for name in names_in(self.folder)]
         return [(match[1], int(match[2])) for match in matches if match]
 
     # --- claiming ---
@@ -92,7 +93,7 @@ class ClaimBoard:
     def _newest(self, unit: str) -> int | None:
         number = None
         # Takeovers are rare, so probing the numbers in turn is cheaper than listing the directory.
-        while (self.folder / f"{unit}.{0 if number is None else number + 1}").exists():
+        while (self.folder / f"{unit}.{0 if number is None else number + 1}").is_file():
             number = 0 if number is None else number + 1
         return number
 
@@ -107,7 +108,7 @@ class ClaimBoard:
             if claim.released:
                 return
             if claim.owner is not None and claim.owner != self.owner:
-                fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner, self.check)
+                self.commits.fence(claim.owner, self.check)
                 self.delete_heartbeat_of(claim.owner)
                 fault_points.reach("old owner fenced")
 
@@ -138,17 +139,8 @@ class ClaimBoard:
         fault_points.reach("claims removed")
 
     def _publish(self, unit: str, number: int, content: dict) -> bool:
-        temporary = self.scratch / f"claim-{unit}-{number}"
-        while True:
-            try:
-                write_file_durably(temporary, [json.dumps(content).encode()])
-                return publish_exclusively(temporary, self.folder / f"{unit}.{number}")
-            except FileNotFoundError:
-                # Another process has fenced this one because of some unit. Whether this unit is
-                # still free is decided by its number, so try again.
-                recreate_scratch(self.scratch, self.owner, self.check)
-                if not self.folder.is_dir():
-                    raise
+        final = self.folder / f"{unit}.{number}"
+        return self.commits.create(final, json.dumps(content).encode(), self.check)
 
     # --- claims of other processes ---
 
@@ -159,7 +151,7 @@ class ClaimBoard:
             if content == {"released": True}:
                 return Claim(unit, number, None, released=True)
             return Claim(unit, number, Owner(**content))
-        except (OSError, ValueError, TypeError):
+        except (OSError, StoreError, ValueError, TypeError):
             return Claim(unit, number, None)
 
     def is_stale(self, claim: Claim) -> bool:
@@ -178,7 +170,7 @@ class ClaimBoard:
 
     def is_at_work(self, claim: Claim) -> bool:
         """Return whether the owner's heartbeat was seen to move recently."""
-        return self._look(claim).is_moving()
+        return self._look(claim).is_moving(self.commits.pace.moving_for_s)
 
     def is_silent(self, claim: Claim, seconds: float) -> bool:
         """Return whether the owner is not known to run, and its heartbeat has stood still."""

@@ -1,15 +1,15 @@
 """Deletes, when a job starts, what dead processes left and what committed units no longer need."""
 
 import json
-import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from gradproj.coordinator.fencing import OWNER_FILE, remove_scratch
+from gradproj.coordinator.opening import commits_of
 from gradproj.coordinator.process_id import Owner
-from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, PARTIAL_DIR, SCRATCH_DIR, UNITS_DIR
+from gradproj.storage.folders import delete_tree
+from gradproj.storage.object_path import names_in
+from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, PARTIAL_DIR, UNITS_DIR
 from gradproj.store.unit_record import list_records
 
 _UNIT_CLAIM = re.compile(r"(\d{8,})\.\d+")
@@ -24,25 +24,11 @@ def remove_leftovers(output: Path, observer: Owner) -> int:
     Returns:
         Number of processes whose files were deleted.
     """
-    gone = _remove_scratch_dirs(output / SCRATCH_DIR, observer)
+    committed = set(list_records(output / UNITS_DIR).tolist())
+    gone = commits_of(output, observer).remove_leftovers(committed)
     gone |= _remove_heartbeats(output / HEARTBEATS_DIR, observer)
-    _remove_committed(output)
+    _remove_committed(output, committed)
     return len(gone)
-
-
-def _remove_scratch_dirs(folder: Path, observer: Owner) -> set[str]:
-    gone = set()
-    for scratch in folder.glob("*/"):
-        # Hidden or without an owner file: half made, or half deleted.
-        if scratch.name.startswith(".") or not (scratch / OWNER_FILE).exists():
-            shutil.rmtree(scratch, ignore_errors=True)
-            continue
-        with suppress(OSError, ValueError, TypeError):
-            owner = Owner(**json.loads((scratch / OWNER_FILE).read_text()))
-            if owner.is_gone(observer):
-                remove_scratch(scratch)
-                gone.add(owner.name)
-    return gone
 
 
 def _remove_heartbeats(folder: Path, observer: Owner) -> set[str]:
@@ -61,14 +47,11 @@ def _remove_heartbeats(folder: Path, observer: Owner) -> set[str]:
     return gone
 
 
-def _remove_committed(output: Path) -> None:
-    committed = set(list_records(output / UNITS_DIR).tolist())
-    with os.scandir(output / CLAIMS_DIR) as entries:
-        names = [entry.name for entry in entries]
-    for name in names:
+def _remove_committed(output: Path, committed: set[int]) -> None:
+    for name in names_in(output / CLAIMS_DIR):
         match = _UNIT_CLAIM.fullmatch(name)
         if match and int(match[1]) in committed:
             (output / CLAIMS_DIR / name).unlink(missing_ok=True)
     for folder in (output / PARTIAL_DIR).glob("*/"):
         if folder.name.isdigit() and int(folder.name) in committed:
-            shutil.rmtree(folder, ignore_errors=True)
+            delete_tree(folder)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from gradproj.coordinator.process_id import Owner
 from gradproj.errors import GradprojError, OtherSettingsError, StoreError
-from gradproj.files import write_and_replace
-from gradproj.store.layout import FAILED_NAME, LOGS_DIR, STORE_NAME
+from gradproj.storage.publish import replace
+from gradproj.store.layout import FAILED_NAME, LOGS_DIR
+from gradproj.store.metadata import store_exists
 
 
 def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
@@ -22,7 +23,7 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
     A job that was refused because the store has other settings does not concern the store or the
     jobs working on it. Then only a Slurm job's own mark is set, so that it is not requeued.
     """
-    if not (output / STORE_NAME).is_dir():
+    if not store_exists(output):
         return
     content = {
         "error": str(error),
@@ -35,10 +36,10 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
     # The error may be a full disk. It is printed on standard error as well.
     with suppress(OSError, StoreError):
         for mark in _marks(output, owner.job_id):
-            mark.touch()
+            replace(mark, [])
         if isinstance(error, OtherSettingsError):
             return
-        write_and_replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
+        replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
 def clear_failure(output: Path, job_id: str = "") -> None:

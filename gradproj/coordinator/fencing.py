@@ -29,6 +29,11 @@ NFS_DELETED = ".nfs"
 """Prefix that NFS gives to a deleted file while a process of this machine has it open."""
 
 
+def read_owner(folder: Path) -> Owner:
+    """Return the owner of a scratch directory; OSError, ValueError or TypeError without one."""
+    return Owner(**json.loads((folder / OWNER_FILE).read_text()))
+
+
 def make_scratch(folder: Path, owner: Owner) -> None:
     """Make a process's scratch directory with its owner file, unless it exists."""
     with explain_os_errors(folder):

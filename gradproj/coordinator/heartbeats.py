@@ -5,7 +5,6 @@ heartbeat has changed, and times how long it has not by its own monotonic clock.
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Hashable
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gradproj.coordinator.process_id import Owner
+from gradproj.errors import StoreError
+from gradproj.storage.publish import overwrite
 
 INTERVAL_S = 5.0
 """Time between two heartbeats. Shorter at first, so that a short job shows its speed too."""
@@ -27,6 +28,47 @@ CONFIRM_AFTER_S = 60.0
 for ten minutes, every other process looks dead and needs a moment to write a heartbeat."""
 ALIVE_FOR_S = 60.0
 """A process whose heartbeat was seen to move within this time is at work."""
+NAMED_AFTER_S = 30.0
+"""A process that finishes no batch for this long is named while others wait for its units. Most
+ranks that are waited for finish their last unit sooner."""
+WAIT_S = (0.1, 5.0)
+"""First and longest pause between two checks of other processes' claims, once no unit is free."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Times between writes and looks at an output. In a bucket each one has its price."""
+
+    slower: float = 1.0
+    """Time between two heartbeats over that on disk."""
+
+    @property
+    def beat_every_s(self) -> float:
+        """Time between two heartbeats of a process."""
+        return INTERVAL_S * self.slower
+
+    @property
+    def moving_for_s(self) -> float:
+        """Time for which a heartbeat that has moved shows a process at work."""
+        return ALIVE_FOR_S if self.slower == 1.0 else 3 * self.beat_every_s
+
+    @property
+    def silent_after_s(self) -> float:
+        """Time without a sign of life after which a process is named."""
+        return NAMED_AFTER_S if self.slower == 1.0 else 2.5 * self.beat_every_s
+
+    @property
+    def ask_every_s(self) -> float:
+        """Time between two looks whether a claim is still this process's, during a merge."""
+        return 0.0 if self.slower == 1.0 else INTERVAL_S
+
+    @property
+    def wait_s(self) -> tuple[float, float]:
+        """First and longest pause while units of others are waited for."""
+        return WAIT_S if self.slower == 1.0 else (WAIT_S[0] * self.slower, self.beat_every_s / 2)
+
+
+ON_DISK = Pace()
 
 
 @dataclass
@@ -56,6 +98,7 @@ class Heartbeat:
     folder: Path
     owner: Owner
     progress: RankProgress
+    pace: Pace = ON_DISK
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -75,28 +118,21 @@ class Heartbeat:
         waited, alive_s = 0.0, 0.0
         while not self._stop.wait(TICK_S):
             waited, alive_s = waited + TICK_S, alive_s + TICK_S
-            if waited >= min(INTERVAL_S, alive_s / 5):
+            if waited >= min(self.pace.beat_every_s, alive_s / 5):
                 self.write()
                 waited = 0.0
 
     def write(self) -> None:
         """Write the heartbeat now."""
-        path = self.folder / f"{self.owner.name}.json"
-        temporary = path.with_suffix(".tmp")
-        try:
-            temporary.write_text(
-                json.dumps({"owner": asdict(self.owner), "progress": asdict(self.progress)})
-            )
-            os.replace(temporary, path)
-        except OSError:
-            # A full disk must not end the rank from this thread: the commit will raise it.
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        content = {"owner": asdict(self.owner), "progress": asdict(self.progress)}
+        # A full disk must not end the rank from this thread: the commit will raise it.
+        with suppress(OSError, StoreError):
+            overwrite(self.folder / f"{self.owner.name}.json", json.dumps(content).encode())
 
 
 def delete_heartbeat(folder: Path, owner: Owner) -> None:
     """Delete a process's heartbeat. A process that still runs writes it again within seconds."""
-    with suppress(OSError):  # the directory is read-only: one stray file
+    with suppress(OSError, StoreError):  # the directory is read-only: one stray file
         (folder / f"{owner.name}.json").unlink(missing_ok=True)
 
 
@@ -130,7 +166,7 @@ def _read(path: Path) -> tuple[Owner, RankProgress] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         return Owner(**content["owner"]), RankProgress(**content["progress"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, StoreError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -155,9 +191,9 @@ class Sighting:
         """Time for which the heartbeat has been seen not to move."""
         return self.seen_at - self.since
 
-    def is_moving(self) -> bool:
-        """Return whether the heartbeat was seen to move within ``ALIVE_FOR_S``."""
-        return self.has_moved and self.still_s < ALIVE_FOR_S
+    def is_moving(self, for_s: float) -> bool:
+        """Return whether the heartbeat was seen to move within this time (a ``Pace``'s)."""
+        return self.has_moved and self.still_s < for_s
 
     def is_stale(self) -> bool:
         """Return whether the process counts as dead: suspected, and suspected again later."""
@@ -196,11 +232,11 @@ class LiveRanks:
     """Reads the heartbeats of processes that are known to live.
 
     A heartbeat of another machine may be left by a dead process. It counts once it was seen to
-    move, until it has stood still for ``ALIVE_FOR_S``.
+    move, until it has stood still for the pace's ``moving_for_s``.
     """
 
-    def __init__(self, folder: Path, observer: Owner) -> None:
-        self._folder, self._observer = folder, observer
+    def __init__(self, folder: Path, observer: Owner, pace: Pace = ON_DISK) -> None:
+        self._folder, self._observer, self._pace = folder, observer, pace
         self._watch = HeartbeatWatch()
 
     def read(self) -> list[tuple[Owner, RankProgress]]:
@@ -208,7 +244,8 @@ class LiveRanks:
         alive = []
         for owner, beat, stamp in read_stamped_heartbeats(self._folder):
             sighting = self._watch.look(owner, stamp)
-            moving = sighting.is_moving() and not owner.is_gone(self._observer)
+            moving = sighting.is_moving(self._pace.moving_for_s)
+            moving = moving and not owner.is_gone(self._observer)
             if owner.is_alive(self._observer) or moving:
                 alive.append((owner, beat))
         return alive

@@ -6,6 +6,7 @@ of its own.
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.failure import delete_failure
 from gradproj.coordinator.heartbeats import RankProgress, delete_heartbeat, read_heartbeats
-from gradproj.coordinator.units import read_unit
-from gradproj.files import write_and_replace
+from gradproj.coordinator.units import read_units
+from gradproj.storage.publish import Outdated, Publisher, publisher_of
 from gradproj.store.layout import (
     HEARTBEATS_DIR,
     METADATA_NAME,
@@ -31,7 +32,13 @@ from gradproj.store.layout import (
 )
 from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.unit_record import list_records
-from gradproj.store.writer import update_attributes, write_array, write_column_block
+from gradproj.store.writer import (
+    mark_merger,
+    update_attributes,
+    without_merger,
+    write_array,
+    write_column_block,
+)
 
 MERGE_CLAIM = "merge"
 WAIT_S = 0.5
@@ -98,7 +105,7 @@ def finish(
         elif not wait:
             return False
         else:
-            time.sleep(WAIT_S)
+            time.sleep(WAIT_S * claims.commits.pace.slower)
     return is_complete(output) and is_merged(output)
 
 
@@ -129,14 +136,35 @@ def merge(
     """
     try:
         return _Merge(output, claims, stopping, progress or RankProgress()).run()
+    except Outdated as error:
+        raise MergeInterrupted from error
     except FileNotFoundError as error:
-        if claims is None or (claims.scratch.is_dir() and claims.owns(MERGE_CLAIM)):
+        if claims is None or (not claims.commits.was_fenced() and claims.owns(MERGE_CLAIM)):
             raise
         raise MergeInterrupted from error  # fenced: the files about to be published are deleted
 
 
+def merge_publisher(output: Path, claims: ClaimBoard | None) -> Publisher:
+    """Return what publishes the files that only the holder of the merge's claim may replace.
+
+    Raises:
+        MergeInterrupted, Outdated: another process has taken the claim over.
+    """
+
+    def check() -> None:
+        if claims is not None and not claims.owns(MERGE_CLAIM):
+            raise MergeInterrupted
+
+    if claims is None:
+        return publisher_of(output)
+    publisher = claims.commits.publisher.guarded(check)
+    # An earlier merger that hangs would otherwise mark as complete what this one is changing.
+    mark_merger(output / STORE_NAME, f"{claims.owner.name}-{secrets.token_hex(4)}", publisher)
+    return publisher
+
+
 class _Merge:
-    """One pass over the records. Files are written in the scratch directory, then renamed."""
+    """One pass over the records."""
 
     def __init__(
         self,
@@ -146,25 +174,26 @@ class _Merge:
         progress: RankProgress,
     ) -> None:
         self._output, self._store, self._claims = output, output / STORE_NAME, claims
-        self._scratch = None if claims is None else claims.scratch
+        self._publisher = merge_publisher(output, claims)
         self._stopping, self._progress = stopping, progress
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
         self._recorded = list_records(output / UNITS_DIR)
         self._wanted = wanted_units(self._attributes)
+        self._ask_at = 0.0
         self._sums: dict[str, np.ndarray] = {}
         self._times: list[list[float]] = []
         self._covariance_tokens = 0
         self._statistics = _Statistics(self._attributes.get("domains", []))
 
     def run(self) -> dict[str, Any]:
-        scratch = self._scratch
+        publisher = self._publisher
         for block in range(self._layout.n_column_blocks):
             self._merge_block(block)
             fault_points.reach("block merged")
         self._continue()
         for name, array in COVARIANCE_ARRAYS.items():
             if name in self._sums:
-                write_array(self._store, array, self._sums[name], scratch)
+                write_array(self._store, array, self._sums[name], publisher)
         fault_points.reach("sums merged")
         complete = not len(np.setdiff1d(self._wanted, self._recorded))
         stats = {
@@ -173,15 +202,15 @@ class _Merge:
             "timing": _timing(self._times),
         }
         self._continue()
-        _write_json(self._output / STATS_NAME, stats, scratch)
+        _write_json(self._output / STATS_NAME, stats, publisher)
         fault_points.reach("statistics written")
         changes = {
             "complete": complete,
             "covariance_tokens": self._covariance_tokens,
             "units_recorded": len(self._recorded),
         }
-        attributes = {**read_attributes(self._store), **changes}
-        _write_json(self._output / METADATA_NAME, attributes, scratch)
+        attributes = without_merger({**read_attributes(self._store), **changes})
+        _write_json(self._output / METADATA_NAME, attributes, publisher)
         fault_points.reach("metadata written")
         if complete:
             delete_failure(self._output)
@@ -191,15 +220,21 @@ class _Merge:
                     delete_heartbeat(self._output / HEARTBEATS_DIR, owner)
         # Last of all: this write marks the store as complete.
         self._continue()
-        update_attributes(self._store, changes, scratch)
+        update_attributes(self._store, changes, publisher, ends_merge=True)
         fault_points.reach("attributes updated")
         return stats
 
     def _continue(self) -> None:
         """Show that this process is alive, and check before a write that it may go on."""
         self._progress.batches += 1
-        if self._stopping() or (self._claims is not None and not self._claims.owns(MERGE_CLAIM)):
+        if self._stopping():
             raise MergeInterrupted
+        # In a bucket the question has its price, and every replacement asks it anyway.
+        now = time.monotonic()
+        if self._claims is not None and now >= self._ask_at:
+            self._ask_at = now + self._claims.commits.pace.ask_every_s
+            if not self._claims.owns(MERGE_CLAIM):
+                raise MergeInterrupted
 
     def _merge_block(self, block: int) -> None:
         layout = self._layout
@@ -212,10 +247,10 @@ class _Merge:
             for unit in wanted.tolist():
                 a, b = layout.unit_range(unit)
                 columns["status"][a - start : b - start] = STATUS["missing"]
-        for unit in recorded.tolist():
+        identity = self._attributes["identity_hash"]
+        for record in read_units(self._output, recorded.tolist(), identity):
             self._continue()
-            record = read_unit(self._output, unit, self._attributes["identity_hash"])
-            a, b = layout.unit_range(unit)
+            a, b = layout.unit_range(record.unit)
             for name, values in record.columns.items():
                 columns[name][a - start : b - start] = values
             add_covariances(self._sums, record.token_covariances)
@@ -224,10 +259,10 @@ class _Merge:
         self._continue()
         if self._attributes.get("complete"):
             # From the first write on, the columns are a mix of two merges until the end.
-            update_attributes(self._store, {"complete": False}, self._scratch)
+            update_attributes(self._store, {"complete": False}, self._publisher)
             self._attributes["complete"] = False
             fault_points.reach("merge reopened")
-        write_column_block(self._store, layout, block, columns, self._scratch)
+        write_column_block(self._store, layout, block, columns, self._publisher)
         self._statistics.add(columns)
 
 
@@ -296,12 +331,12 @@ def _summary(row: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_metadata(output: Path, scratch: Path | None = None) -> None:
+def write_metadata(output: Path, publisher: Publisher | None = None) -> None:
     """Write ``metadata.json``, a copy of the Zarr group's attributes."""
-    _write_json(output / METADATA_NAME, read_attributes(output / STORE_NAME), scratch)
+    publisher = publisher or publisher_of(output)
+    attributes = without_merger(read_attributes(output / STORE_NAME))
+    _write_json(output / METADATA_NAME, attributes, publisher)
 
 
-def _write_json(path: Path, content: dict[str, Any], scratch: Path | None) -> None:
-    write_and_replace(
-        path, [(json.dumps(content, indent=2, allow_nan=False) + "\n").encode()], scratch
-    )
+def _write_json(path: Path, content: dict[str, Any], publisher: Publisher) -> None:
+    publisher.replace(path, [(json.dumps(content, indent=2, allow_nan=False) + "\n").encode()])

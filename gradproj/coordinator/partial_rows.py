@@ -6,7 +6,6 @@ the same settings and batches, which ``key`` identifies.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from gradproj.coordinator import fault_points
-from gradproj.coordinator.fencing import make_scratch
-from gradproj.coordinator.process_id import Owner
-from gradproj.files import (
-    crc32c,
-    explain_os_errors,
-    fsync_dir,
-    publish_exclusively,
-    write_file_durably,
-)
+from gradproj.coordinator.commits import Check, Commits
+from gradproj.files import crc32c
+from gradproj.storage.object_path import names_in
 from gradproj.store.layout import PARTIAL_DIR
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
@@ -71,17 +64,15 @@ class PartialLog:
 
     Args:
         folder: ``OUTPUT/partial/UNIT``.
-        scratch: this process's scratch directory, made again if it was fenced.
+        commits: how this process publishes.
         key: hash of the settings and of the unit's batches.
-        owner: this process.
         check: called before anything is written. Raises if the output was deleted or replaced.
     """
 
     folder: Path
-    scratch: Path
+    commits: Commits
     key: str
-    owner: Owner
-    check: Callable[[], None] = lambda: None
+    check: Check = lambda: None
 
     def read(self) -> tuple[int, list[tuple[int, PartialRows]]]:
         """Return the number of batches, and of each file the batches so far and its rows.
@@ -90,11 +81,11 @@ class PartialLog:
         """
         done = 0
         parts: list[tuple[int, PartialRows]] = []
-        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
-            match = _NAME.fullmatch(path.name)
+        for name in sorted(names_in(self.folder)):
+            match = _NAME.fullmatch(name)
             if match is None or int(match[1]) != done:
                 continue
-            part = self._decode(path.read_bytes(), match[3])
+            part = self._decode((self.folder / name).read_bytes(), match[3])
             if part is not None:
                 done = int(match[2])
                 parts.append((done, part))
@@ -113,22 +104,7 @@ class PartialLog:
             {k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key}
         )
         name = f"{first:06d}-{last:06d}.{crc32c(data):08x}.safetensors"
-        temporary = self.scratch / f"partial-{name}"
-        while True:
-            # Either directory may disappear at any moment: a process that commits the unit deletes
-            # the first, a fence the second.
-            self.check()
-            try:
-                with explain_os_errors(self.folder):
-                    self.folder.mkdir(exist_ok=True)
-                    fsync_dir(self.folder.parent)
-                make_scratch(self.scratch, self.owner)
-                write_file_durably(temporary, [data])
-                publish_exclusively(temporary, self.folder / name)
-                break
-            except FileNotFoundError:
-                if not self.folder.parent.is_dir():
-                    raise
+        self.commits.append(self.folder / name, data, self.check)
         fault_points.reach("partial published")
 
     def _decode(self, data: bytes, checksum: str) -> PartialRows | None:

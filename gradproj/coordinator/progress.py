@@ -15,11 +15,13 @@ from tqdm import tqdm
 from gradproj.coordinator.claims import Claim, ClaimBoard
 from gradproj.coordinator.heartbeats import (
     CONFIRM_AFTER_S,
+    ON_DISK,
     STALE_AFTER_S,
     LiveRanks,
     RankProgress,
     read_heartbeats,
 )
+from gradproj.coordinator.opening import commits_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.formatting import count, human_seconds
 from gradproj.store.layout import HEARTBEATS_DIR, UNITS_DIR, StoreLayout
@@ -30,9 +32,6 @@ REFRESH_EVERY_S = 1.0
 MAX_UNITS_REFRESHED = 2000
 """Above this many units, listing the records takes too long to refresh every second."""
 MAX_RANKS_LISTED = 16
-NAMED_AFTER_S = 30.0
-"""A process that finishes no batch for this long is named while others wait for its units. Most
-ranks that are waited for finish their last unit sooner."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,15 @@ class ProgressDisplay:
         beats = read_heartbeats(output / HEARTBEATS_DIR)
         maybe_alive = [beat for beat in beats if not beat[0].is_gone(observer)]
         first = take_snapshot(*self._where, maybe_alive)
-        self._ranks = LiveRanks(output / HEARTBEATS_DIR, observer)
+        pace = commits_of(output, observer).pace
+        self._ranks = LiveRanks(output / HEARTBEATS_DIR, observer, pace)
         self._ranks.read()
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()
         refresh_often = on_terminal and len(wanted) <= MAX_UNITS_REFRESHED
-        self._every_s = REFRESH_EVERY_S if refresh_often else LINE_EVERY_S
+        # Not more often than the ranks write what is shown.
+        every_s = LINE_EVERY_S if pace == ON_DISK else pace.beat_every_s
+        self._every_s = REFRESH_EVERY_S if refresh_often and pace == ON_DISK else every_s
         self._bar = tqdm(
             total=first.total,
             initial=first.done,
@@ -155,9 +157,9 @@ class WaitNotice:
 
     def show(self, units: Iterable[str]) -> None:
         """Name the hosts that hold some of ``units`` and show no sign of life."""
-        newest = self._claims.current()
+        newest, after_s = self._claims.current(), self._claims.commits.pace.silent_after_s
         held = [self._claims.read(unit, newest[unit]) for unit in units if unit in newest]
-        silent = {_host(claim) for claim in held if self._claims.is_silent(claim, NAMED_AFTER_S)}
+        silent = {_host(claim) for claim in held if self._claims.is_silent(claim, after_s)}
         # A silent host's other claims count too, also those first seen a moment ago.
         lost = [c for c in held if self._claims.is_silent(c, 0) and not self._claims.is_at_work(c)]
         hosts = Counter(_host(claim) for claim in lost if _host(claim) in silent)

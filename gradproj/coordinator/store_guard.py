@@ -7,6 +7,7 @@ one that hung, or a forgotten job. Nothing of that process may get into the new 
 from pathlib import Path
 
 from gradproj.errors import StoreError
+from gradproj.storage.folders import has_folder
 from gradproj.store.layout import CLAIMS_DIR, PARTIAL_DIR, STORE_NAME, UNITS_DIR
 from gradproj.store.metadata import WhichStore
 
@@ -66,7 +67,7 @@ class StoreGuard:
         """
         self.check()
         for folder in _WAYS_OUT:
-            if not (self._output / folder).is_dir():
+            if not has_folder(self._output / folder):
                 raise self._deleted(folder)
 
     def _replaced(self, what: str) -> StoreReplaced:
@@ -77,7 +78,7 @@ class StoreGuard:
         )
 
     def _deleted(self, folder: str) -> StoreError:
-        if not self._output.is_dir():
+        if not self._output.exists():
             return StoreError(
                 f"{self._output} was deleted while this job ran, with everything in it. Restore "
                 "it and start again; if it is lost, start over."

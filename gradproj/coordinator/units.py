@@ -1,78 +1,35 @@
 """Units of work: which are left, which this process claims, and how one is committed.
 
-A unit is committed by exclusive publications, first of its shard (and of that of its hidden states,
-if there are any), last of its record. The record is the commit; everything before it can be lost
-without harm. All files are complete in the owner's scratch directory before the owner checks for
-the last time that it still holds the claim. From then on, a process that takes the unit over
-deletes the files, so a late publication fails.
+A unit is committed by exclusive publications, first of its shards, last of its record. The record
+is the commit; everything before it can be lost without harm (``Commits``).
 """
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.fencing import make_scratch, recreate_scratch, remove_scratch
+from gradproj.coordinator.commits import UnitRows
 from gradproj.coordinator.heartbeats import delete_heartbeat, heartbeat_counter
+from gradproj.coordinator.opening import commits_of
 from gradproj.coordinator.partial_rows import PartialLog, partial_folder
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import WaitNotice
 from gradproj.coordinator.store_guard import StoreGuard
 from gradproj.errors import StoreError
-from gradproj.files import (
-    file_sum,
-    fsync_dir,
-    publish_exclusively,
-    replace_atomically,
-    write_file_durably,
-)
-from gradproj.store.hidden_states import hidden_layout
-from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, SCRATCH_DIR, UNITS_DIR, StoreLayout
-from gradproj.store.unit_record import (
-    UnitRecord,
-    encode_record,
-    list_records,
-    read_record,
-    record_name,
-)
-from gradproj.store.writer import shard_chunks
+from gradproj.storage.folders import delete_tree, read_ahead
+from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, UNITS_DIR, StoreLayout
+from gradproj.store.unit_record import UnitRecord, list_records, read_record, record_name
 
 log = logging.getLogger(__name__)
 
-WAIT_S = (0.1, 5.0)
-"""First and longest pause between two checks of other processes' claims, once no unit is free."""
 STOP_CHECK_S = 0.2
 """Time between two checks for a stop request during a pause."""
-
-
-@dataclass(frozen=True)
-class UnitRows:
-    """A computed unit in host memory, ready to be committed."""
-
-    record: UnitRecord
-    stored: np.ndarray | None
-    """``(n, D)`` encoded rows; None if no row of the unit is stored."""
-    hidden: np.ndarray | None = None
-    """``(n, d)`` float16 hidden states; None without, or if no row of the unit is stored."""
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A shard file of a unit that is being committed."""
-
-    temporary: Path
-    final: Path
-    written: dict[str, int]
-    """Its size and checksum, by ``file_sum``."""
-    stamp: tuple[int, ...]
 
 
 class UnitQueue:
@@ -94,13 +51,12 @@ class UnitQueue:
         self.output, self.layout, self.identity, self.owner = output, layout, identity, owner
         self.wanted = np.asarray(wanted, dtype=np.int64)
         self._stopping = stopping
-        self.scratch = output / SCRATCH_DIR / owner.name
+        self.commits = commits_of(output, owner)
         self.guard = StoreGuard(output, identity)
-        make_scratch(self.scratch, owner)
+        self.commits.begin()
         self.claims = ClaimBoard(
             output / CLAIMS_DIR,
-            self.scratch,
-            owner,
+            self.commits,
             lambda other: heartbeat_counter(output / HEARTBEATS_DIR, other),
             self.guard.check_folders,
             lambda other: delete_heartbeat(output / HEARTBEATS_DIR, other),
@@ -111,7 +67,7 @@ class UnitQueue:
 
     def is_recorded(self, unit: int) -> bool:
         """Return whether the unit is committed."""
-        return (self.output / record_name(unit)).exists()
+        return (self.output / record_name(unit)).is_file()
 
     def pending(self) -> np.ndarray:
         """Return the wanted units without a record, sorted."""
@@ -125,7 +81,8 @@ class UnitQueue:
         claim is left: if a rank dies late, another one is still there to compute its unit.
         """
         seed = np.frombuffer(self.owner.name.encode(), dtype=np.uint8)
-        order, wait_s = np.random.default_rng(seed), WAIT_S[0]
+        order, waits_s = np.random.default_rng(seed), self.commits.pace.wait_s
+        wait_s = waits_s[0]
         while not self._stopping():
             self.guard.check_folders()
             pending = self.pending()
@@ -137,12 +94,12 @@ class UnitQueue:
                     taken += 1
                     yield unit
             if taken:
-                wait_s = WAIT_S[0]
+                wait_s = waits_s[0]
             elif self._waits_for_others():
                 if self.owner.rank == 0:  # once per job
                     self._notice.show(unit_claim(unit) for unit in pending.tolist())
                 self._pause(wait_s)
-                wait_s = min(2 * wait_s, WAIT_S[1])
+                wait_s = min(2 * wait_s, waits_s[1])
             else:
                 return
 
@@ -183,11 +140,7 @@ class UnitQueue:
     def partial_log(self, unit: int, key: str) -> PartialLog:
         """Return the saved rows of an unfinished unit."""
         return PartialLog(
-            partial_folder(self.output, unit),
-            self.scratch,
-            key,
-            self.owner,
-            self.guard.check_folders,
+            partial_folder(self.output, unit), self.commits, key, self.guard.check_folders
         )
 
     # --- commit ---
@@ -204,77 +157,20 @@ class UnitQueue:
                 deleted, or replaced by another store. Nothing committed is lost.
         """
         unit = rows.record.unit
-        while True:
-            try:
-                committed = self._commit(rows)
-                break
-            except FileNotFoundError:
-                # Fenced: another process considered this one dead. Perhaps it took over another
-                # unit only, so try again and check this claim.
-                recreate_scratch(self.scratch, self.owner, self.guard.check_folders)
+
+        def may_publish() -> bool:
+            self.guard.check_folders()
+            return not self.is_recorded(unit) and self.claims.owns(unit_claim(unit))
+
+        committed = self.commits.commit(rows, self.layout, may_publish, self.guard.check_folders)
         if self.is_recorded(unit):
-            shutil.rmtree(partial_folder(self.output, unit), ignore_errors=True)
+            delete_tree(partial_folder(self.output, unit))
+            self.commits.forget(unit)
             fault_points.reach("partial removed")
             self.claims.delete(unit_claim(unit))
         else:
             self.claims.release(unit_claim(unit))
         return committed
-
-    def _commit(self, rows: UnitRows) -> bool:
-        record, shards = rows.record, []
-        record_file = self.scratch / f"record-{record.unit}"
-        if rows.hidden is not None and (hidden := hidden_layout(self.layout)) is not None:
-            shards.append(self._write_shard(record.unit, rows.hidden, hidden))
-            record.hidden = shards[-1].written
-        if rows.stored is not None:
-            shards.append(self._write_shard(record.unit, rows.stored, self.layout))
-            record.shard = shards[-1].written
-            fault_points.reach("shard written")
-        write_file_durably(record_file, [encode_record(record)])
-        fault_points.reach("record written")
-        self.guard.check_folders()
-        published = False
-        if not self.is_recorded(record.unit) and self.claims.owns(unit_claim(record.unit)):
-            published = all(self._publish_shard(shard) for shard in shards)
-            published = published and self._publish_record(record, record_file, shards)
-        for shard in shards:
-            shard.temporary.unlink(missing_ok=True)
-        record_file.unlink(missing_ok=True)
-        return published
-
-    def _write_shard(self, unit: int, stored: np.ndarray, layout: StoreLayout) -> "_Shard":
-        of_rows = layout.array == self.layout.array
-        temporary = self.scratch / f"shard-{unit}{'' if of_rows else f'-{layout.array}'}"
-        written = write_file_durably(temporary, shard_chunks(stored, layout))
-        final = self.output / layout.shard_name(unit)
-        return _Shard(temporary, final, written, _stamp(temporary))
-
-    def _publish_shard(self, shard: "_Shard") -> bool:
-        temporary, final = shard.temporary, shard.final
-        if final.exists():
-            # Left by an owner that died between shard and record, or by a damaged unit whose record
-            # was deleted. Without a record it has no meaning, and every older owner is fenced.
-            replace_atomically(temporary, final)
-            published = True
-        else:
-            published = publish_exclusively(temporary, final)
-        fault_points.reach("shard published")
-        return published
-
-    def _publish_record(
-        self, record: UnitRecord, temporary: Path, shards: Sequence["_Shard"]
-    ) -> bool:
-        final = self.output / record_name(record.unit)
-        if not publish_exclusively(temporary, final):
-            return False
-        fault_points.reach("record published")
-        if all(_stamp(x.final) == x.stamp or file_sum(x.final) == x.written for x in shards):
-            return True
-        # Fencing and exclusive names rule this out. This check is for file systems that guarantee
-        # neither.
-        final.unlink()
-        fsync_dir(final.parent)
-        return False
 
     @contextmanager
     def deletions_explained(self) -> Iterator[None]:
@@ -294,19 +190,12 @@ class UnitQueue:
         except StoreError as error:
             # The commit has raised it already, and claims of a dead process become free as well.
             log.warning("claims stay until they are found stale: %s", error)
-        remove_scratch(self.scratch)
-        fault_points.reach("scratch removed")
+        self.commits.end()
 
 
 def unit_claim(unit: int) -> str:
     """Return the name of a unit's claims."""
     return f"{unit:08d}"
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Identify a file without reading it: device, inode, size."""
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino, stat.st_size
 
 
 def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:
@@ -324,3 +213,8 @@ def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:
             "computes the unit again"
         )
     return record
+
+
+def read_units(output: Path, units: Sequence[int], identity: str) -> Iterator[UnitRecord]:
+    """Yield units' records in order, as ``read_unit`` returns them."""
+    return read_ahead(lambda unit: read_unit(output, unit, identity), units, output)

@@ -6,9 +6,9 @@ unit. Then the store is not complete any more, and readers must not see the unit
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,10 @@ from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import (
     MERGE_CLAIM,
     WAIT_S,
+    MergeInterrupted,
     is_complete,
     is_merged,
+    merge_publisher,
     ranges_of,
     release_merge,
     wanted_units,
@@ -27,12 +29,14 @@ from gradproj.coordinator.merge import (
 )
 from gradproj.errors import StoreError
 from gradproj.formatting import count, ranges_text
+from gradproj.storage.folders import touch_folder
+from gradproj.storage.publish import Outdated, Publisher
 from gradproj.store.column_reader import read_column_chunk
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import METADATA_NAME, STATUS, STORE_NAME, UNITS_DIR, StoreLayout
-from gradproj.store.metadata import read_attributes, read_layout
+from gradproj.store.metadata import read_attributes, read_layout, store_exists
 from gradproj.store.unit_record import list_records, list_shards, read_record, record_name
-from gradproj.store.writer import update_attributes, write_column_block
+from gradproj.store.writer import update_attributes, without_merger, write_column_block
 
 
 def check_records_have_store(output: Path) -> None:
@@ -43,7 +47,7 @@ def check_records_have_store(output: Path) -> None:
     """
     # In this order: the store is on disk before anything is recorded.
     recorded = list_records(output / UNITS_DIR)
-    if len(recorded) and not (output / STORE_NAME).exists():
+    if len(recorded) and not store_exists(output):
         raise StoreError(
             f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: "
             "their rows are gone. Restore that folder and start again; if it is lost, delete the "
@@ -62,7 +66,7 @@ def check_records_have_shards(output: Path) -> None:
         # NFS caches listings for up to a minute, so this one may lack another machine's commits.
         # Changing the directory from this machine makes NFS list it again.
         for layout in sharded_layouts(read_layout(output / STORE_NAME)):
-            os.utime(output / STORE_NAME / layout.array)
+            touch_folder(output / STORE_NAME / layout.array)
         lost = _units_without_shard(output)
     if lost:
         units = ranges_text(ranges_of(np.array(lost, np.int64)))
@@ -102,10 +106,11 @@ def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
     """
     while _is_outdated(output):
         if not claims.try_claim(MERGE_CLAIM):
-            time.sleep(WAIT_S)
+            time.sleep(WAIT_S * claims.commits.pace.slower)
             continue
         try:
-            _unmerge(output, claims.scratch)
+            with suppress(Outdated, MergeInterrupted):  # another process merges: look again
+                _unmerge(output, merge_publisher(output, claims))
         finally:
             release_merge(output, claims)
     # A process may have died between marking the store as complete and deleting its merge claim.
@@ -117,20 +122,20 @@ def _is_outdated(output: Path) -> bool:
     return (
         (is_merged(output) and not is_complete(output))
         or next(_blocks_with_lost_units(output), None) is not None
-        or _read_metadata(output) != read_attributes(output / STORE_NAME)
+        or _read_metadata(output) != without_merger(read_attributes(output / STORE_NAME))
     )
 
 
-def _unmerge(output: Path, scratch: Path) -> None:
+def _unmerge(output: Path, publisher: Publisher) -> None:
     store = output / STORE_NAME
     # First of all: whatever happens next, the next merge now writes every column again.
     if is_merged(output) and not is_complete(output):
         n_records = len(list_records(output / UNITS_DIR))
-        update_attributes(store, {"complete": False, "units_recorded": n_records}, scratch)
+        update_attributes(store, {"complete": False, "units_recorded": n_records}, publisher)
     layout = read_layout(store)
     for block, status in list(_blocks_with_lost_units(output)):
-        write_column_block(store, layout, block, {"status": status}, scratch)
-    write_metadata(output, scratch)
+        write_column_block(store, layout, block, {"status": status}, publisher)
+    write_metadata(output, publisher)
     fault_points.reach("merge undone")
 
 

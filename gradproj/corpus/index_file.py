@@ -13,18 +13,15 @@ from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.corpus.tokenization import Tokenization
 from gradproj.errors import CorpusError, StoreError
-from gradproj.files import (
-    publish_exclusively,
-    replace_atomically,
-    temporary_beside,
-    write_file_durably,
-)
 from gradproj.storage.address import Address, Location, is_remote, parse_location
 from gradproj.storage.cache import FileCache
 from gradproj.storage.listing import read_object, write_object
+from gradproj.storage.publish import publisher_of
 
 FORMAT = "gradproj corpus index"
 FORMAT_VERSION = 1
+INDEX_MODE = 0o644
+"""Readable whatever the umask: other users' jobs read the index too."""
 _AGAIN = "Make it again with: python -m gradproj index"
 
 
@@ -32,13 +29,11 @@ def _publish(path: Location, content: Iterable[bytes], replace_existing: bool) -
     """Write the index file atomically. Returns False if another index exists and stays."""
     if isinstance(path, Address):
         return write_object(path, b"".join(content), exclusive=not replace_existing)
-    temporary = temporary_beside(path)
+    publisher = publisher_of(path)
     try:
-        # Readable whatever the umask: other users' jobs read the index too.
-        write_file_durably(temporary, content, mode=0o644)
         if not replace_existing:
-            return publish_exclusively(temporary, path)
-        replace_atomically(temporary, path)
+            return publisher.create(path, content, INDEX_MODE)
+        publisher.replace(path, content, INDEX_MODE)
         return True
     except (OSError, StoreError) as error:
         # A StoreError advises another --output_dir, and the index may lie elsewhere.
@@ -90,6 +85,15 @@ class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     tars: list[_StoredTar]
 
 
+def index_content(index: CorpusIndex, folder: Location | None = None) -> Iterator[bytes]:
+    """Yield the file's content. Tars below ``folder`` are named relative to it."""
+    checksum = _checksum(_body_parts(index, folder))
+    envelope = msgspec.json.encode(
+        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
+    )
+    yield from chain([envelope.removesuffix(b"null}")], _body_parts(index, folder), [b"}"])
+
+
 def save_index(
     index: CorpusIndex, path: Location, *, replace_existing: bool = False
 ) -> CorpusIndex:
@@ -103,12 +107,7 @@ def save_index(
         CorpusError: the existing index belongs to another corpus, or no file can be written there.
     """
     path = _absolute(path)
-    checksum = _checksum(_body_parts(index, path.parent))
-    envelope = msgspec.json.encode(
-        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
-    )
-    parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
-    if _publish(path, parts, replace_existing):
+    if _publish(path, index_content(index, path.parent), replace_existing):
         return index
     winner = load_index(path)
     if winner.fingerprint != index.fingerprint:
@@ -125,7 +124,7 @@ def _absolute(path: Location) -> Location:
     return Path(os.path.abspath(path)) if isinstance(path, Path) else path
 
 
-def _body_parts(index: CorpusIndex, folder: Location) -> Iterator[bytes]:
+def _body_parts(index: CorpusIndex, folder: Location | None) -> Iterator[bytes]:
     # The JSON of a `_Body`, a tar at a time: the Pile's index is 70 MB.
     body = _Body(
         domain_field=index.domain_field,

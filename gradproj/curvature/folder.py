@@ -13,7 +13,9 @@ import torch
 from gradproj.analysis.tensor_file import read_settings, read_tensors, write_tensors
 from gradproj.curvature.layer_curvature import LayerCurvature, Side
 from gradproj.errors import StoreError, settings_mismatch
-from gradproj.files import explain_os_errors, try_lock, write_and_replace
+from gradproj.files import explain_os_errors
+from gradproj.storage.contents import locked
+from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import CURVATURE_DIR
 
@@ -56,9 +58,8 @@ class CurvatureFolder:
         """
         with explain_os_errors(self.path):
             self.path.mkdir(exist_ok=True)
-            file = (self.path / "lock").open("w")
-        with file:
-            if try_lock(file) is False:
+        with locked(self.path) as is_locked:
+            if is_locked is False:
                 raise StoreError(
                     f"another `gradproj curvature` measures in {self.path}: wait for it"
                 )
@@ -125,7 +126,7 @@ class CurvatureFolder:
             "layers": list(layers),
             "sample_ids": sample_ids.tolist(),
         }
-        write_and_replace(self.recipe_path, [json.dumps(recipe).encode()])
+        replace(self.recipe_path, [json.dumps(recipe).encode()])
 
     def _belongs_to(self) -> dict[str, Any]:
         attributes = self._store.attributes

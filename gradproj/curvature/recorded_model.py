@@ -18,7 +18,7 @@ from gradproj.engine.whole_gradients import LayerBatch, WholeGradients
 from gradproj.errors import ModelError
 from gradproj.formatting import shown
 from gradproj.job.config import RunConfig
-from gradproj.job.recorded import recorded_config, recorded_model
+from gradproj.job.recorded import recorded_config, recorded_index, recorded_model
 from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 from gradproj.kernels.torch_setup import prepare_torch
@@ -91,8 +91,10 @@ class RecordedModel:
             StoreError: a document has no target token now.
         """
         run = self._run if other is None else recorded_config(other.path.parent)
-        made = other or self._store, run, self._tokenizer, self._vocabulary
-        return RecordedDocuments(*made, "" if other else self._shards).sequences(sample_ids)
+        store = other or self._store
+        index = recorded_index(store.path.parent, "" if other else self._shards)
+        made = store, run, self._tokenizer, self._vocabulary, index
+        return RecordedDocuments(*made).sequences(sample_ids)
 
     @property
     def memory(self) -> CudaMemory | HostMemory:

@@ -10,7 +10,7 @@ exists: what is held for a text of S tokens and m matrices are ``(S, m, k_i)`` v
 some at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,7 @@ def split_texts(
     matrices: Mapping[str, Tensor],
     chosen: Sequence[np.ndarray],
     batch: BatchConfig,
+    done: Callable[[int], None] = lambda n: None,
 ) -> SplitTexts:
     """Run texts forward and backward once, and split their inner products with matrices.
 
@@ -78,6 +79,7 @@ def split_texts(
         matrices: layer -> ``K (M, k_o * k_i)``; layers that it lacks have no part.
         chosen: for each owner the numbers ``(m,)`` of its matrices.
         batch: the job's batch settings.
+        done: called between batches with the number of sequences of the last one.
 
     Raises:
         ModelError: a layer's positions are not those of the tokens, or the device has no memory
@@ -106,6 +108,7 @@ def split_texts(
                     parts[number] = of_tokens * factor
                     layers[owner] += of_layers * factor
                     rows[owner] += row
+                done(len(numbers))
     return SplitTexts(parts, layers, rows)
 
 

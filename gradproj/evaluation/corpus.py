@@ -14,12 +14,12 @@ from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
 from gradproj.evaluation.config import RETRAINING, LdsConfig
 from gradproj.evaluation.planted import plant
-from gradproj.files import save_arrays
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.model.tokenization import Tokenizing
 from gradproj.model.tokenizer_loading import load_tokenizer
+from gradproj.storage.results import save_arrays
 from gradproj.training.data import shuffled_documents
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 

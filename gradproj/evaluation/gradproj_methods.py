@@ -16,10 +16,10 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, unpadded
 from gradproj.evaluation.method_names import FULL, GradientMethod, RowKind
-from gradproj.files import load_array, save_array, save_arrays
 from gradproj.model.sequences import TokenSequence
 from gradproj.query.projector import QueryProjector
 from gradproj.query.queries import Query
+from gradproj.storage.results import load_array, save_array, save_arrays
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.head_rows import HeadQueries
 

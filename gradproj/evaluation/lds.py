@@ -25,12 +25,13 @@ from gradproj.evaluation.methods import JOINED, OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, evaluate_methods, reference_of
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
 from gradproj.evaluation.sources import SourceResults, evaluate_sources
-from gradproj.files import make_folder, save_array, try_lock, write_and_replace
+from gradproj.files import try_lock, write_and_replace
 from gradproj.flags import current_names
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import fetch
 from gradproj.model.loading import model_quantization
+from gradproj.storage.results import make_folder, save_array
 
 
 def evaluate(config: LdsConfig) -> Results:

@@ -15,8 +15,8 @@ from gradproj.evaluation.gradproj_methods import GradientStores
 from gradproj.evaluation.kronfluence import STRATEGIES, kronfluence_scores
 from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.method_names import FORM, GradientMethod, RowKind
-from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
+from gradproj.storage.results import load_array, save_array
 from gradproj.text.z_scores import sums_of_z_scores
 
 EXACT = {"exact_kfac": "kfac", "exact_ekfac": "ekfac"}

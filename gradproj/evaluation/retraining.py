@@ -24,7 +24,7 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
 from gradproj.evaluation.finetuning import finetuning_of
 from gradproj.evaluation.losses import load, query_losses
-from gradproj.files import load_array, save_array
+from gradproj.storage.results import load_array, save_array
 from gradproj.training import TrainConfig, train
 
 

@@ -71,7 +71,8 @@ def flag(
         "minimum": minimum, "above": above, "maximum": maximum, "below": below, "why": why,
         "choices": tuple(choices), "words": words, "required": required,
         "renamed_from": renamed_from, "metavar": path or metavar, "path": path or None,
-        "remote": remote or None, "streams": streams or None, "group": group,
+        "remote": remote or None, "streams": streams or None,
+        "group": group,
         "default_text": default_text,
     }  # fmt: skip
     # A bound of 0 is declared, though it is false.

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradproj.coordinator.commits import Commits
 from gradproj.coordinator.units import UnitQueue
 from gradproj.engine.batching import AUTO
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.warm_up import random_ids
 from gradproj.errors import StoreError
-from gradproj.files import explain_os_errors, publish_exclusively, write_file_durably
+from gradproj.files import explain_os_errors
 from gradproj.job.lockstep import Lockstep
 from gradproj.job.plan import BATCH_FILE
 from gradproj.job.startup import Job
@@ -126,7 +127,7 @@ def _tokens_of_file(
         if lockstep is not None:
             lockstep.announce(AUTO)
         trials = _measure(job, model, engine)
-        _publish(plan.output, queue.scratch, trials, plan.unit_settings.batch.max_length)
+        _publish(plan.output, queue.commits, trials, plan.unit_settings.batch.max_length)
     if lockstep is not None:
         lockstep.announce(tokens)
     if tokens is not None and job.owner.rank == 0:
@@ -140,11 +141,11 @@ def _measure(job: Job, model: nn.Module, engine: GradProjLoraEngine) -> list[Tri
     return try_batches(model, engine, length, reserved, job.n_neighbours, job.lockstep)
 
 
-def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) -> None:
+def _publish(output: Path, commits: Commits, trials: list[Trial], max_length: int) -> None:
     content = {"batch_tokens": choose(trials, max_length), "trials": list(map(asdict, trials))}
     with explain_os_errors(output):
-        write_file_durably(scratch / BATCH_FILE, [(json.dumps(content, indent=2) + "\n").encode()])
-        publish_exclusively(scratch / BATCH_FILE, output / BATCH_FILE)
+        text = json.dumps(content, indent=2) + "\n"
+        commits.publisher.create(output / BATCH_FILE, [text.encode()])
 
 
 def choose(trials: list[Trial], max_length: int) -> int:

@@ -10,9 +10,11 @@ import numpy as np
 from gradproj.engine.matrix_file import Matrices, matrices_digest
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 from gradproj.store.array_digests import check_digests
-from gradproj.store.layout import STORE_NAME, LayerSlice
+from gradproj.store.layout import LayerSlice
+from gradproj.store.metadata import store_exists
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def borrowed_basis(
         ConfigError: the store there has no basis, or another model, other layers or matrices.
         StoreError: there is no store, or it is damaged.
     """
-    gone = not (Path(path) / STORE_NAME).exists() and (output / STORE_NAME).exists()
+    gone = not store_exists(path_of(path)) and store_exists(output)
     with ProjectionStore(output if gone else path) as store:
         if store.basis is None:
             raise ConfigError(

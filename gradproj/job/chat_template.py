@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradproj.errors import OtherSettingsError
-from gradproj.files import write_and_replace
 from gradproj.job.config import RunConfig
+from gradproj.storage.publish import Publisher
 from gradproj.store.layout import CHAT_TEMPLATE_NAME
 
 
@@ -28,13 +28,13 @@ def check_chat_template(output: Path, source: str | None) -> None:
         )
 
 
-def keep_chat_template(output: Path, source: str | None, scratch: Path) -> None:
+def keep_chat_template(output: Path, source: str | None, publisher: Publisher) -> None:
     """Write a job's template into its output directory."""
     kept = output / CHAT_TEMPLATE_NAME
     if source is None:
         kept.unlink(missing_ok=True)
     elif not kept.is_file() or kept.read_text("utf-8") != source:
-        write_and_replace(kept, [source.encode()], scratch)
+        publisher.replace(kept, [source.encode()])
 
 
 def with_kept_template(output: Path, run: RunConfig) -> RunConfig:

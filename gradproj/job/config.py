@@ -15,9 +15,10 @@ from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, 
 from gradproj.flags.paths import local_path
 from gradproj.model.config import ModelConfig
 from gradproj.model.document_tokens import DocumentRules
+from gradproj.storage.object_path import path_of
 from gradproj.store.hidden_states import HIDDEN_STATES
 from gradproj.store.layout import STORE_NAME, StoreConfig
-from gradproj.store.metadata import read_attributes
+from gradproj.store.metadata import read_attributes, store_exists
 
 FORMAT_1_DEFAULTS: Mapping[str, Any] = {
     "encoding": "dense",
@@ -51,8 +52,9 @@ class JobConfig(Flags, title="job"):
 
     output_dir: str = flag(
         "Output directory: the store and all about the job. Started again on it, the job resumes.",
-        required="give a folder",
+        required="give a folder, or an address such as s3://bucket/folder",
         path="DIR",
+        remote=True,
     )
     device: str = flag(
         "Device; auto takes one GPU per rank if torch sees any.", "auto", choices=DEVICES
@@ -117,6 +119,11 @@ class RunConfig:
     store: JobStoreConfig
     job: JobConfig
 
+    @property
+    def output(self) -> Path:
+        """The output directory, on disk or in a bucket."""
+        return path_of(self.job.output_dir)
+
     @staticmethod
     def sections() -> dict[str, Any]:
         """Return the dataclass of each section by its name."""
@@ -147,8 +154,9 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
     So the command line that began such a store continues it.
     """
     try:
-        store = Path(local_path(given.get("output_dir", ""))) / STORE_NAME
-        attributes = read_attributes(store) if store.exists() else {}
+        text = given.get("output_dir", "")
+        output = path_of(local_path(text, remote=True))
+        attributes = read_attributes(output / STORE_NAME) if store_exists(output) else {}
     except GradprojError:  # opening the store reports it
         return {}
     identity = attributes.get("identity")  # opening the store reports damage

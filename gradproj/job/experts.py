@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from gradproj.formatting import count, human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import is_untouched
 from gradproj.store.layout import STORE_NAME, LayerSlice
-from gradproj.store.metadata import read_attributes
+from gradproj.store.metadata import read_attributes, store_exists
 
 
 def with_experts(config: RunConfig, skeleton: nn.Module) -> RunConfig:
@@ -31,8 +30,8 @@ def with_experts(config: RunConfig, skeleton: nn.Module) -> RunConfig:
         return config
     targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
     has_some = any(isinstance(target.module, InnerLayer) for target in targets)
-    output = Path(config.job.output_dir)
-    if has_some and (output / STORE_NAME).exists() and not is_untouched(output):
+    output = config.output
+    if has_some and store_exists(output) and not is_untouched(output):
         recorded = read_attributes(output / STORE_NAME).get("identity", {})
         has_some = projection.experts != type(projection).experts or "--experts" in recorded
     if has_some and config.job.compile:

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradproj.errors import OtherSettingsError, settings_mismatch
 from gradproj.job.config import RunConfig
+from gradproj.storage.object_path import names_in
 from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreConfig, StoreLayout
-from gradproj.store.metadata import read_attributes
+from gradproj.store.metadata import read_attributes, store_exists
 from gradproj.store.texts import DOCUMENT_FORMS
 from gradproj.store.unit_record import list_records
 
@@ -80,10 +80,10 @@ def is_untouched(output: Path) -> bool:
     store = output / STORE_NAME
     if list_records(output / UNITS_DIR).size or any((output / PARTIAL_DIR).glob("*")):
         return False
-    if not store.exists():
+    if not store_exists(output):
         return True
     is_jobs = not store.is_symlink() and "wanted_units" in read_attributes(store)
-    return is_jobs and os.listdir(store / "projections") == ["zarr.json"]
+    return is_jobs and names_in(store / "projections") == ["zarr.json"]
 
 
 def reads_texts_only(output: Path, identity_hash: str) -> bool:
@@ -92,7 +92,7 @@ def reads_texts_only(output: Path, identity_hash: str) -> bool:
     A version before them began it, and read what is a prompt or a conversation today otherwise.
     """
     store = output / STORE_NAME
-    if not store.exists():
+    if not store_exists(output):
         return False
     attributes = read_attributes(store)
     # An empty store of another identity is replaced.
@@ -105,8 +105,8 @@ def store_to_plan(config: RunConfig) -> StoreConfig:
 
     How many rows a shard has by default depends on the version that began the store.
     """
-    output = Path(config.job.output_dir)
-    if config.store.rows_per_shard or is_untouched(output) or not (output / STORE_NAME).exists():
+    output = config.output
+    if config.store.rows_per_shard or is_untouched(output) or not store_exists(output):
         return config.store
     recorded = read_attributes(output / STORE_NAME).get("identity", {})
     return replace(config.store, rows_per_shard=recorded.get("--rows_per_shard", 0))
@@ -114,7 +114,7 @@ def store_to_plan(config: RunConfig) -> StoreConfig:
 
 def check_identity(store: Path, ours: dict[str, Any]) -> None:
     """Raise ``OtherSettingsError`` with every setting that differs from an existing store's."""
-    if not store.exists():
+    if not store_exists(store.parent):
         return
     theirs, ours = FORMAT_1 | read_attributes(store)["identity"], FORMAT_1 | ours
     way_out = "Run with the store's settings, or give --output_dir a new path."

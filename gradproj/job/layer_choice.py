@@ -13,7 +13,7 @@ from gradproj.job.allocation import with_allocation
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import is_untouched
 from gradproj.store.layout import STORE_NAME
-from gradproj.store.metadata import read_attributes
+from gradproj.store.metadata import read_attributes, store_exists
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def choose_layers(config: RunConfig, model: nn.Module) -> LayerChoice:
     Raises:
         ModelError: a pattern matches nothing, or names layers that the loss never reaches.
     """
-    recorded, projection = _recorded_layers(Path(config.job.output_dir)), config.projection
+    recorded, projection = _recorded_layers(config.output), config.projection
     rest = projection.include_embeddings, projection.experts
     found = find_layers(model, projection.patterns, *rest)
     targets = found
@@ -60,7 +60,7 @@ def choose_layers(config: RunConfig, model: nn.Module) -> LayerChoice:
 
 def _recorded_layers(output: Path) -> tuple[str, frozenset[str]] | None:
     """Return ``--proj_layers`` and the layers' names of a begun store; None if there is none."""
-    if is_untouched(output) or not (output / STORE_NAME).exists():
+    if is_untouched(output) or not store_exists(output):
         return None
     identity = read_attributes(output / STORE_NAME).get("identity", {})
     return identity.get("--proj_layers", ""), frozenset(identity.get("layers", ()))

@@ -1,5 +1,6 @@
 """Everything that can be checked before a model is loaded: printed by ``plan``, used by the job."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,9 @@ from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import check_corpus_tokenizer, model_identity
 from gradproj.model.loading import load_model_config, loading_notes, model_skeleton, positions_of
 from gradproj.model.tokenizer_loading import load_tokenizer
+from gradproj.storage.object_path import in_bucket, names_in
+from gradproj.storage.probe import PROBE_DIR
+from gradproj.storage.publish import PREPARED_DIR
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     CHAT_TEMPLATE_NAME,
@@ -58,6 +62,7 @@ from gradproj.store.layout import (
     LayerSlice,
     StoreLayout,
 )
+from gradproj.store.metadata import store_exists
 from gradproj.store.unit_record import list_records
 
 MAX_TARS_TO_INDEX = 1000
@@ -72,8 +77,8 @@ SmolLM2-135M's shape with 1,024 and 4,096 tokens."""
 BATCH_FILE = "batch.json"
 """File in the output directory that holds the measured batch size."""
 OUR_FILES = {
-    *FOLDERS, STORE_NAME, INDEX_NAME, BATCH_FILE, METADATA_NAME, RUN_CONFIG_NAME, STATS_NAME,
-    CHAT_TEMPLATE_NAME, FAILED_NAME, *LATER_NAMES,
+    *FOLDERS, PREPARED_DIR, PROBE_DIR, STORE_NAME, INDEX_NAME, BATCH_FILE, METADATA_NAME,
+    RUN_CONFIG_NAME, STATS_NAME, CHAT_TEMPLATE_NAME, FAILED_NAME, *LATER_NAMES,
 }  # fmt: skip
 SPARSE_BYTES = 2**30
 SPARSE_SHARE = 0.1
@@ -112,7 +117,7 @@ class Plan:
 
     @property
     def output(self) -> Path:
-        return Path(self.config.job.output_dir)
+        return self.config.output
 
     @property
     def identity_hash(self) -> str:
@@ -195,7 +200,7 @@ class Plan:
 
 def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     """Check everything a user can get wrong, without writing anything."""
-    check_output(Path(config.job.output_dir))
+    check_output(config.output)
     if config.job.compile:
         check_compiler(choose_device(config.job.device, 0)[0].type)
     index = find_index(config, progress=progress)
@@ -226,12 +231,11 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         identity["--matrices"] = matrices_digest(given, layers)
     if projection.basis_from:
         matrices = job_matrices(projection, layers)
-        output = Path(config.job.output_dir)
-        basis = borrowed_basis(projection.basis_from, output, layers, matrices, identity)
+        basis = borrowed_basis(projection.basis_from, config.output, layers, matrices, identity)
         identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     template = chat_template(tokenizer, config.rules.chat_template)
-    is_older = reads_texts_only(Path(config.job.output_dir), identity_hash(identity))
+    is_older = reads_texts_only(config.output, identity_hash(identity))
     index = replace(index, texts_only=is_older)
     plan = Plan(
         config, files, index, layers, chosen.coverage, layout, *counts, identity, head, template
@@ -267,9 +271,9 @@ def check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise StoreError(f"--output_dir {output} is a file; give a folder")
-    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    names = {name for name in names_in(output) if not name.startswith(".")}
     foreign = sorted(names - OUR_FILES)
-    if foreign and not (output / STORE_NAME).exists():
+    if foreign and not store_exists(output):
         raise StoreError(
             f"--output_dir {output} is not a gradproj output: it holds {', '.join(foreign[:4])}"
             f"{' and more' if len(foreign) > 4 else ''}. Give a new directory, or an output to "
@@ -282,7 +286,7 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
     shards = config.corpus.shards
     index = open_corpus(
         shards,
-        output_index=Path(config.job.output_dir) / INDEX_NAME,
+        output_index=config.output / INDEX_NAME,
         domain_field=config.corpus.domain_field,
         most_tars=MAX_TARS_TO_INDEX,
         progress=progress,
@@ -340,6 +344,6 @@ def _check_space(plan: Plan) -> None:
         )
 
 
-def free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> float:
     """Return the free bytes of the file system that ``path`` is or will be on."""
-    return shutil.disk_usage(existing_ancestor(path)).free
+    return math.inf if in_bucket(path) else shutil.disk_usage(existing_ancestor(path)).free

@@ -34,6 +34,7 @@ from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config
 from gradproj.model.tokenizer_loading import load_tokenizer
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import RUN_CONFIG_NAME
 from gradproj.store.texts import output_index
@@ -75,7 +76,8 @@ def config_from(inputs: RecordedRunArgs, loads_weights: bool = True) -> RunConfi
 
     ``ModelError`` if the job's checkpoint could run code, which ``inputs`` does not allow.
     """
-    run = with_kept_template(Path(inputs.output), _as_recorded(Path(inputs.output)))
+    output = path_of(inputs.output)
+    run = with_kept_template(output, _as_recorded(output))
     allowed = {name: getattr(inputs, name) for name in _NEEDS_CONSENT}
     allowed["allow_pickle"] |= not loads_weights
     for name, effect in _NEEDS_CONSENT.items():

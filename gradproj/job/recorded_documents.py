@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gradproj.corpus.documents import Document
+from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import StoreError
 from gradproj.job.config import RunConfig
-from gradproj.job.recorded import recorded_index
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.model.sequences import TokenSequence
 from gradproj.model.token_texts import TokenTexts
@@ -26,7 +26,7 @@ class RecordedDocuments:
         run: its settings.
         tokenizer: its model's.
         vocabulary: number of token ids that the model has.
-        shards: the tars, if they have moved.
+        index: where the documents are now (``recorded_index``).
     """
 
     def __init__(
@@ -35,10 +35,9 @@ class RecordedDocuments:
         run: RunConfig,
         tokenizer: Any,
         vocabulary: int,
-        shards: str = "",
+        index: CorpusIndex,
     ) -> None:
-        self._store = store
-        self._index = recorded_index(store.path.parent, shards)
+        self._store, self._index = store, index
         settings = UnitSettings(
             store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
             vocabulary, self._index.domains, run.corpus.chosen_domains, run.limits, run.rules,
@@ -54,13 +53,18 @@ class RecordedDocuments:
         """
         return _owned(self._each(sample_ids, self._reader.sequences_of))
 
-    def with_texts(self, sample_ids: np.ndarray) -> tuple[list[TokenSequence], list[TokenTexts]]:
-        """Return the documents' sequences, with ``places``, and what their tokens stand for.
+    def with_texts(
+        self, sample_ids: np.ndarray, most: int
+    ) -> tuple[np.ndarray, list[TokenSequence], list[TokenTexts]]:
+        """Return the ids of documents of at most ``most`` tokens, their sequences, and texts.
 
-        Raises as ``sequences``.
+        The sequences have ``places``, and an owner is its document's place in the returned ids; the
+        texts are what its tokens stand for. Raises as ``sequences``.
         """
         made = self._each(sample_ids, self._reader.with_texts)
-        return _owned([sequences for sequences, _ in made]), [texts for _, texts in made]
+        fits = np.array([sum(map(len, sequences)) <= most for sequences, _ in made], bool)
+        kept = [each for each, fit in zip(made, fits, strict=True) if fit]
+        return sample_ids[fits], _owned([x for x, _ in kept]), [texts for _, texts in kept]
 
     def _each(self, sample_ids: np.ndarray, make: Callable[[Document], _Made]) -> list[_Made]:
         made = []

@@ -2,10 +2,9 @@
 
 import json
 import logging
-import os
 import secrets
-import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -25,12 +24,12 @@ from gradproj.coordinator.unmerge import (
     unmerge_missing_units,
 )
 from gradproj.corpus.index import CorpusIndex
-from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.index_file import INDEX_MODE, index_content, load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, Rendezvous, report_errors_from_rank_0
 from gradproj.engine.projection import job_matrices
 from gradproj.errors import Ended, GradprojError, ReportedError, StoreError
-from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
+from gradproj.files import explain_os_errors
 from gradproj.formatting import clean_lines
 from gradproj.job.attributes import attributes_of, versions
 from gradproj.job.borrowed_basis import borrowed_basis
@@ -41,6 +40,10 @@ from gradproj.job.lockstep import Lockstep
 from gradproj.job.pilot import PilotRanks, help_pilot, run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, make_plan
 from gradproj.model.checkpoint import fetch
+from gradproj.storage.folders import flush_folder, remove_at_once
+from gradproj.storage.log_file import log_file
+from gradproj.storage.probe import check_conditional_writes
+from gradproj.storage.publish import Publisher
 from gradproj.store.array_digests import with_digests
 from gradproj.store.layout import (
     FOLDERS,
@@ -50,7 +53,7 @@ from gradproj.store.layout import (
     SCRATCH_DIR,
     STORE_NAME,
 )
-from gradproj.store.metadata import read_attributes
+from gradproj.store.metadata import read_attributes, store_exists
 from gradproj.store.texts import output_index
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
 
@@ -137,10 +140,12 @@ def _start(config: RunConfig, name: JobName, where: PilotRanks) -> tuple[Plan, n
     """Run rank 0's checks and prepare the output directory. Notes failures in ``failed.json``."""
     owner = Owner.this_process(name.job_id, name.generation, 0)
     try:
+        check_conditional_writes(config.output)
         plan = make_plan(config)
         model = make_output(plan, owner, where)
     except GradprojError as error:
-        note_failure(Path(config.job.output_dir), owner, error)
+        with suppress(GradprojError):  # of a bucket that cannot be reached
+            note_failure(config.output, owner, error)
         raise
     clear_failure(plan.output, name.job_id)
     return plan, model
@@ -154,31 +159,32 @@ def make_output(plan: Plan, owner: Owner, where: PilotRanks = HERE) -> nn.Module
     output, model = plan.output, None
     check_records_have_store(output)
     with explain_os_errors(output):
-        if (output / STORE_NAME).exists():
+        if store_exists(output):
             _remove_store_of_other_settings(plan, owner)
         for folder in FOLDERS:
             (output / folder).mkdir(parents=True, exist_ok=True)
-        fsync_dir(output)
-        fsync_dir(output.absolute().parent)
+        flush_folder(output)
+        flush_folder(output.absolute().parent)
     fault_points.reach("folders made")
     queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
-    if not (output / STORE_NAME).exists():
-        _publish_index(plan, queue.scratch)
-        model = _publish_store(plan, queue.scratch, where)
-    elif not (output / INDEX_NAME).exists():
-        _publish_index(plan, queue.scratch)
+    publisher = queue.commits.publisher
+    if not store_exists(output):
+        _publish_index(plan, publisher)
+        model = _publish_store(plan, publisher, where)
+    elif not (output / INDEX_NAME).is_file():
+        _publish_index(plan, publisher)
     elif load_index(output / INDEX_NAME).tars != plan.index.tars:
         # The same corpus (its fingerprint is part of the identity), moved or touched: record the
         # tars' paths and times as they are now.
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
-    keep_chat_template(output, plan.chat_template, queue.scratch)
+    keep_chat_template(output, plan.chat_template, publisher)
     check_records_have_shards(output)
     unmerge_missing_units(output, queue.claims)
     fault_points.reach("metadata published")
     flags = plan.config.as_flags()
     flags |= {"rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"
-    write_and_replace(output / RUN_CONFIG_NAME, [text.encode()], queue.scratch)
+    publisher.replace(output / RUN_CONFIG_NAME, [text.encode()])
     return model
 
 
@@ -204,24 +210,22 @@ def _remove_store_of_other_settings(plan: Plan, owner: Owner) -> None:
     (output / BATCH_FILE).unlink(missing_ok=True)
     (output / SCRATCH_DIR).mkdir(exist_ok=True)
     away = output / SCRATCH_DIR / f".{owner.name}.empty"  # hidden: a leftover if this process dies
-    os.rename(output / STORE_NAME, away)
-    shutil.rmtree(away)
+    remove_at_once(output / STORE_NAME, away)
     fault_points.reach("empty store removed")
 
 
-def _publish_index(plan: Plan, scratch: Path) -> None:
+def _publish_index(plan: Plan, publisher: Publisher) -> None:
     """Freeze the index; an existing one must be of the same corpus.
 
     This precedes the store, whose identity holds the index's fingerprint, so that no store is made
     beside another index.
     """
-    save_index(plan.index, scratch / INDEX_NAME, replace_existing=True)
-    if not publish_exclusively(scratch / INDEX_NAME, plan.output / INDEX_NAME):
+    if not publisher.create(plan.output / INDEX_NAME, index_content(plan.index), INDEX_MODE):
         save_index(plan.index, plan.output / INDEX_NAME)  # raises if they differ
     fault_points.reach("index published")
 
 
-def _publish_store(plan: Plan, scratch: Path, where: PilotRanks) -> nn.Module | None:
+def _publish_store(plan: Plan, publisher: Publisher, where: PilotRanks) -> nn.Module | None:
     """Make the empty store. If another job was faster, its store must have our identity.
 
     Returns the model if the pilot has loaded it.
@@ -235,12 +239,12 @@ def _publish_store(plan: Plan, scratch: Path, where: PilotRanks) -> nn.Module | 
             basis = borrowed_basis(source, plan.output, plan.layers, chosen, plan.identity)
             arrays, attributes["basis"] = basis.arrays, basis.attribute
         elif plan.config.projection.basis == "eigen":
-            pilot = run_pilot(plan, chosen, where, published=store.exists)
+            pilot = run_pilot(plan, chosen, where, published=lambda: store_exists(plan.output))
             arrays, attributes["basis"], model = pilot.arrays, pilot.attribute, pilot.model
         matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}
         packed = pack_matrices(plan.layers, matrices)
         attributes = with_digests(attributes, arrays)
-        create_store(store, plan.layout, attributes, packed, scratch, arrays=arrays)
+        create_store(store, plan.layout, attributes, packed, publisher, arrays=arrays)
         fault_points.reach("store published")
     except StoreExists:
         check_identity(store, plan.identity)
@@ -260,11 +264,7 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     looks there for what its own job has done.
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
-    handler = logging.FileHandler(
-        output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log",
-        encoding="utf-8",
-        errors="backslashreplace",
-    )
+    handler = log_file(output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log", owner.name)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("gradproj")
     root.addHandler(handler)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         f"units         {len(plan.wanted):,} of {layout.rows_per_shard:,} rows"
         + (f", {n_recorded:,} of them done" if n_recorded else ""),
         f"disk          {human_bytes(plan.store_bytes())} in {plan.n_files():,} files; "
-        f"{human_bytes(free_bytes(plan.output))} free at {plan.output}",
+        f"{_free(plan.output)} at {plan.output}",
         *plan.notes,
     ]
     if plan.shared:
@@ -72,6 +73,11 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         wasted = human_bytes(plan.wasted_bytes())
         lines.append(f"wasted        {wasted} of rows that no chosen document fills")
     return lines
+
+
+def _free(output: Path) -> str:
+    free = free_bytes(output)
+    return "no limit known" if math.isinf(free) else f"{human_bytes(free)} free"
 
 
 def _head_lines(plan: Plan) -> list[str]:

@@ -15,8 +15,8 @@ from gradproj.coordinator.merge import COVARIANCE_ARRAYS, ranges_of
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import CorpusError, DamagedFile, StoreError
-from gradproj.files import file_sum
 from gradproj.maintenance.job_output import Output
+from gradproj.storage.contents import sum_of
 from gradproj.store.array_digests import check_digests
 from gradproj.store.column_reader import read_column_chunk
 from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE
@@ -147,7 +147,7 @@ def _shard_problem(path: Path, recorded: dict[str, int] | None) -> tuple[str, in
     n_bytes = path.stat().st_size
     if n_bytes != recorded["bytes"]:
         return f"has {n_bytes:,} bytes, its record says {recorded['bytes']:,}", 0
-    on_disk = file_sum(path)
+    on_disk = sum_of(path)
     if on_disk == recorded:
         return "", n_bytes
     checksums = f"{on_disk['crc32c']:08x}, its record says {recorded['crc32c']:08x}"

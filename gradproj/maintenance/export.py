@@ -15,18 +15,18 @@ import torch
 from gradproj.engine.projection_files import write_projection_file
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import existing_ancestor
-from gradproj.flags import Flags, flag
-from gradproj.job.recorded_args import OUTPUT_HELP
+from gradproj.flags import flag
+from gradproj.job.recorded_args import ReadingArgs, output_flag
 from gradproj.store import STATUS, HiddenStates, ProjectionStore
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import METADATA_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(Flags, title="files"):
+class ExportConfig(ReadingArgs, title="files"):
     """Which rows to write where."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    output: str = output_flag()
     to: str = flag(
         "Directory for the files; new or empty.",
         required="give a folder for the files",

@@ -16,14 +16,17 @@ import numpy as np
 from gradproj.coordinator.claims import Claim, ClaimBoard
 from gradproj.coordinator.heartbeats import (
     INTERVAL_S,
+    ON_DISK,
     STALE_AFTER_S,
     HeartbeatWatch,
+    Pace,
     RankProgress,
     heartbeat_counter,
     read_heartbeats,
     read_stamped_heartbeats,
 )
 from gradproj.coordinator.merge import MERGE_CLAIM
+from gradproj.coordinator.opening import commits_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.maintenance.job_output import Output
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR
@@ -98,7 +101,7 @@ def read_activity(output: Output, missing: np.ndarray, watch_s: float = 0) -> Ac
     beats = dict(read_heartbeats(output.path / HEARTBEATS_DIR))
     claims = _current_claims(output, observer)
     owners = [*beats, *(c.owner for c in claims if c.owner is not None)]
-    state_of = Liveness(observer, owners, watch)
+    state_of = Liveness(observer, owners, watch, commits_of(output.path, observer).pace)
     beats = {owner: beat for owner, beat in beats.items() if state_of(owner) not in (GONE, STALE)}
     running = {owner: beat for owner, beat in beats.items() if state_of(owner) != SILENT}
     wanted = set(missing.tolist())
@@ -121,10 +124,13 @@ class Liveness:
         observer: this process.
         owners: of all claims and heartbeats.
         watch: heartbeats seen so far, by owner; empty if none were watched.
+        pace: of the heartbeats.
     """
 
-    def __init__(self, observer: Owner, owners: Iterable[Owner], watch: HeartbeatWatch) -> None:
-        self._observer, self._watch = observer, watch
+    def __init__(
+        self, observer: Owner, owners: Iterable[Owner], watch: HeartbeatWatch, pace: Pace = ON_DISK
+    ) -> None:
+        self._observer, self._watch, self._pace = observer, watch, pace
         self._newest: dict[str, int] = {}
         for owner in owners:
             self._newest[owner.job_id] = max(owner.generation, self._newest.get(owner.job_id, 0))
@@ -139,7 +145,7 @@ class Liveness:
             return ALIVE
         if sighting is not None and sighting.still_s >= STALE_AFTER_S:
             return STALE
-        if sighting is not None and sighting.still_s >= SILENT_AFTER_S:
+        if sighting is not None and sighting.still_s >= SILENT_AFTER_S * self._pace.slower:
             return SILENT
         return UNKNOWN
 
@@ -166,7 +172,9 @@ def _current_claims(output: Output, observer: Owner) -> list[Claim]:
     folder, beats = output.path / CLAIMS_DIR, output.path / HEARTBEATS_DIR
     if not folder.is_dir():
         return []
-    board = ClaimBoard(folder, folder, observer, lambda other: heartbeat_counter(beats, other))
+    board = ClaimBoard(
+        folder, commits_of(output.path, observer), lambda other: heartbeat_counter(beats, other)
+    )
     claims = [board.read(name, number) for name, number in sorted(board.current().items())]
     return [claim for claim in claims if not claim.released]
 

@@ -18,6 +18,7 @@ from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors
 from gradproj.formatting import count
 from gradproj.maintenance.job_output import Output
+from gradproj.storage.publish import Outdated
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR
 
 
@@ -77,10 +78,10 @@ def merge_lock(output: Output, command: str) -> Iterator[MergeLock]:
                 f"{output.path} is being merged by {claim_holder(queue.claims, MERGE_CLAIM)}"
             )
         try:
-            with Heartbeat(output.path / HEARTBEATS_DIR, owner, progress):
+            with Heartbeat(output.path / HEARTBEATS_DIR, owner, progress, queue.commits.pace):
                 yield MergeLock(output.path, queue, progress)
-        except (MergeInterrupted, FileNotFoundError) as error:
-            if isinstance(error, FileNotFoundError) and queue.scratch.is_dir():
+        except (MergeInterrupted, Outdated, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and not queue.commits.was_fenced():
                 raise
             raise StoreError(
                 f"{output.path}: another process has taken the merge over from this one. Run "

@@ -11,14 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradproj.coordinator.merge import write_metadata
+from gradproj.coordinator.merge import merge_publisher, write_metadata
+from gradproj.coordinator.opening import commits_of
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import unit_claim
-from gradproj.files import explain_os_errors, fsync_dir
+from gradproj.files import explain_os_errors
 from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
-from gradproj.store.hidden_states import sharded_layouts
+from gradproj.storage.folders import flush_folder
 from gradproj.store.layout import METADATA_NAME, UNITS_DIR
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
@@ -39,6 +41,8 @@ class Repair:
     """Units that another process has committed again since they were found damaged."""
     held: dict[int, str] = field(default_factory=dict)
     """Units left as they are -> the process that holds their claim."""
+    orphans: list[int] = field(default_factory=list)
+    """Units whose shards, in a bucket, belonged to no record and were deleted."""
     left: list[Damage] = field(default_factory=list)
     """Damage that remains."""
     complete: bool = False
@@ -70,9 +74,16 @@ def repair(verification: Verification) -> Repair:
     damaged = sorted(verification.damaged_units | verification.wrong_units)
     columns = any(d.kind == "columns" for d in verification.damage)
     metadata = str(output.path / METADATA_NAME)
-    if damaged or columns or any(d.path == metadata for d in verification.damage):
+    here = Owner.this_process("repair", 0, 0)
+    orphans = commits_of(output.path, here).orphans(
+        verification.shards_without_record, output.layout
+    )
+    is_damaged = damaged or columns or any(d.path == metadata for d in verification.damage)
+    if is_damaged or orphans:
         with merge_lock(output, "repair") as lock:
-            _repair(output, lock, damaged, verification.wrong_units, columns, result)
+            if is_damaged:
+                _repair(output, lock, damaged, verification.wrong_units, columns, result)
+            result.orphans = _delete_orphans(output, lock, orphans)
     repaired = {*result.units, *result.recovered}
     for damage in verification.damage:
         if damage.kind in ("unit", "rows"):
@@ -85,6 +96,16 @@ def repair(verification: Verification) -> Repair:
             result.left.append(damage)
     result.complete = read_output(verification.output).is_complete
     return result
+
+
+def _delete_orphans(output: Output, lock: MergeLock, units: list[int]) -> list[int]:
+    claims, commits = lock.queue.claims, lock.queue.commits
+    # Looked at again under the claims: a job may have prepared such a unit meanwhile.
+    ours = [unit for unit in units if claims.try_claim(unit_claim(unit))]
+    orphans = commits.orphans(ours, output.layout)
+    for unit in orphans:
+        commits.give_up(unit, output.layout)
+    return orphans
 
 
 def _repair(
@@ -110,16 +131,19 @@ def _repair(
     if result.units or columns:
         _remove_and_merge(output, lock, columns, merged, result)
     else:
-        write_metadata(output.path, lock.queue.scratch)
+        write_metadata(output.path, merge_publisher(output.path, claims))
 
 
 def _remove_and_merge(
     output: Output, lock: MergeLock, columns: bool, merged: MergedColumns, result: Repair
 ) -> None:
-    scratch, claims = lock.queue.scratch, lock.queue.claims
+    claims = lock.queue.claims
+    publisher = merge_publisher(output.path, claims)
     # Before anything is deleted: from now on a job that finds every unit recorded merges again.
-    update_attributes(output.store, {"complete": False}, scratch)
-    write_metadata(output.path, scratch)
+    update_attributes(output.store, {"complete": False}, publisher)
+    write_metadata(output.path, publisher)
+    for unit in result.units:
+        lock.queue.commits.give_up(unit, output.layout)
     were_merged = any(merged.has(unit) for unit in result.units)
     _remove((output.path / record_name(unit) for unit in result.units), output.path / UNITS_DIR)
     # A merge reads all records, so it cannot run while a damaged one of another process remains.
@@ -127,10 +151,9 @@ def _remove_and_merge(
         lock.merge()
         result.merged = True
     # The merge may take so long that a job of another host takes a claim over and commits.
-    ours = [unit for unit in result.units if claims.owns(unit_claim(unit))]
-    for layout in sharded_layouts(output.layout):
-        shards = output.store / layout.array
-        _remove((output.path / layout.shard_name(unit) for unit in ours), shards)
+    for unit in result.units:
+        if claims.owns(unit_claim(unit)):
+            lock.queue.commits.clean_up(unit, output.layout)
 
 
 def _remove(paths: Iterable[Path], folder: Path) -> None:
@@ -139,4 +162,4 @@ def _remove(paths: Iterable[Path], folder: Path) -> None:
         for path in paths:
             path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            fsync_dir(folder)
+            flush_folder(folder)

@@ -8,7 +8,13 @@ import numpy as np
 from gradproj.coordinator.units import UnitRows
 from gradproj.errors import StoreError
 from gradproj.formatting import escaped
-from gradproj.maintenance.row_tolerance import COMPUTED, ROUNDING, RowTolerance, tolerance_of
+from gradproj.maintenance.row_tolerance import (
+    COMPUTED,
+    ROUNDING,
+    RowTolerance,
+    tolerance_of,
+    values_with_variance,
+)
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.head_rows import decode_head
 from gradproj.store.hidden_view import HiddenStates
@@ -35,7 +41,7 @@ class RowCheck:
     status: str
     """Stored status."""
     error: float
-    """``|again - stored| / |again|``, in float32 after decoding both."""
+    """``|again - stored| / |again|``, of ``values_with_variance`` after decoding both."""
     what: str
     """The difference; empty if there is none."""
 
@@ -59,6 +65,10 @@ class RowComparison:
     def tolerance(self) -> RowTolerance:
         """Differences that rounding explains."""
         return tolerance_of(self.store.layout, len(self.store.layers), self.model_dtype)
+
+    @cached_property
+    def _has_variance(self) -> np.ndarray:
+        return values_with_variance(self.store, self.model_dtype)
 
     def __call__(self, sample_id: int, again: UnitRows) -> tuple[RowCheck, bool]:
         """Return ``(check, whether the document ran out of memory, here or in the job)``."""
@@ -93,7 +103,7 @@ class RowComparison:
         if not is_ok:
             same = np.array_equal(stored, again, equal_nan=True)
             return 0.0, "" if same else "has another row now"
-        exact = again.astype(np.float64)
+        exact, stored = again.astype(np.float64) * self._has_variance, stored * self._has_variance
         tiny = float(np.finfo(np.float32).tiny)
         norm = max(float(np.linalg.norm(exact)), FLOOR * self.usual_norm, tiny)
         error = float(np.linalg.norm(exact - stored)) / norm

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from gradproj.store import ProjectionStore
 from gradproj.store.layout import StoreLayout
 
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
@@ -14,6 +17,9 @@ _MARGIN = 4
 COMPUTED = {"float32": 1e-4, "bfloat16": 5e-2}
 """``--model_dtype`` -> largest relative difference of a row computed in another batch, on another
 device or with another version of torch."""
+NO_VARIANCE = {"float32": 1e-9, "bfloat16": 1e-4}
+"""``--model_dtype`` -> eigenvalue of a basis, relative to the largest of its side, below which the
+values of the direction are rounding alone, as their codes then are."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +56,19 @@ def tolerance_of(layout: StoreLayout, n_layers: int, model_dtype: str) -> RowTol
     return RowTolerance(
         of_scales + step * differing**0.5, of_scales + of_codes, 0.42 + 4 * computed
     )
+
+
+def values_with_variance(store: ProjectionStore, model_dtype: str) -> np.ndarray:
+    """Return which values of a row can be compared, ``(D,)`` bool: all of a random basis.
+
+    The gradients at a softmax router's output add up to zero, and an expert that gets no token has
+    none. If a router's side is as wide as its experts are many, the basis of a pilot has directions
+    for that, which no gradient reaches, and each sign stored there is one of rounding.
+    """
+    compared = np.ones(store.dim, bool)
+    for layer in store.layers:
+        if store.basis_eigenvalues is not None:
+            e_i, e_o = (e >= NO_VARIANCE[model_dtype] * e.max()
+                        for e in store.basis_eigenvalues[layer.name])  # fmt: skip
+            compared[layer.slice_start : layer.slice_end] = np.outer(e_o, e_i).ravel()
+    return compared

@@ -18,7 +18,7 @@ from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import read_unit
 from gradproj.errors import StoreError
 from gradproj.flags import Flags, flag
-from gradproj.job.recorded_args import OUTPUT_HELP
+from gradproj.job.recorded_args import output_flag
 from gradproj.maintenance.checks import MergedColumns
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import ClaimedUnit, Speed, read_activity
@@ -38,7 +38,7 @@ COUNT_FOR_S = 1.0
 class StatusConfig(Flags, title="status"):
     """Which output to read, and how to print it."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    output: str = output_flag()
     as_json: bool = flag("Print one JSON object.", False, name="json")
     rows: bool | None = flag(
         "Count rows by status in all units, or in none; default: as many units as one second "

@@ -56,6 +56,8 @@ class VerifyConfig(RecordedRunArgs, title="checks"):
             )
         if not self.checksums and self.repair:
             raise ConfigError("--repair needs the checksums: leave --no-checksums out")
+        if self.cache_dir:
+            raise ConfigError("--cache_dir: verify reads the bucket itself; leave it out")
 
 
 @dataclass

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +25,13 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_json
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError
-from gradproj.files import explain_os_errors, file_sum, save_arrays, write_and_replace
+from gradproj.files import explain_os_errors
 from gradproj.formatting import count, listed, shown
 from gradproj.job.recorded import recorded_index
+from gradproj.storage.contents import map_array, open_whole, sum_of
+from gradproj.storage.folders import delete_tree
+from gradproj.storage.publish import replace
+from gradproj.storage.results import save_arrays
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import COLUMNS_DIR
 
@@ -97,7 +100,7 @@ class _Column:
             facts = json.loads(self.facts_path.read_text())
             if path.stat().st_size != facts["column"]["bytes"]:
                 raise ValueError(f"{_COLUMN} has another size")
-            column = np.load(path, mmap_mode="r", allow_pickle=False)
+            column = map_array(path)
             if len(column) != self._layout.n_samples:
                 raise ValueError(f"it has {len(column)} documents")
             names = [str(name) for name in facts["values"]]
@@ -162,9 +165,9 @@ class _Column:
             raise ConfigError(f"--by {self.field}: no document has a text or number there")
         names, path = sorted(values), self.folder / _COLUMN
         with explain_os_errors(self.folder):
-            write_and_replace(path, self._chunks({name: i for i, name in enumerate(names)}))
-            facts = {"field": self.field, "values": names, "column": file_sum(path)}
-            write_and_replace(self.facts_path, [json.dumps(facts).encode()])
+            replace(path, self._chunks({name: i for i, name in enumerate(names)}))
+            facts = {"field": self.field, "values": names, "column": sum_of(path)}
+            replace(self.facts_path, [json.dumps(facts).encode()])
             for unit in self._units.tolist():
                 self._part(unit).unlink(missing_ok=True)
         self._delete_others()
@@ -189,7 +192,7 @@ class _Column:
         path = self._part(unit)
         first, last = self._layout.unit_range(unit)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_whole(path) as whole, np.load(whole, allow_pickle=False) as file:
                 names, numbers = json.loads(bytes(file["values"])), file["numbers"]
             if len(numbers) != last - first:
                 raise ValueError(f"it has {len(numbers)} documents, its unit {last - first}")
@@ -204,7 +207,7 @@ class _Column:
         name, _, _ = self.folder.name.rpartition("-")
         for other in self.folder.parent.iterdir():
             if other.name.rpartition("-")[0] == name and other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
+                delete_tree(other)
 
     def _check_number(self, values: set[str]) -> None:
         if len(values) > MAX_VALUES:

@@ -6,7 +6,7 @@ one forward and backward pass of each text. The rows of these passes give the re
 the parts add up to; the stored row, rounded or packed, gave another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,13 +17,17 @@ from gradproj.analysis.reduction import stored_reduction
 from gradproj.analysis.scan import Scan, select_layers
 from gradproj.analysis.score_blocks import RowScores
 from gradproj.analysis.score_types import SCORES
+from gradproj.analysis.watch import ScanProgress
 from gradproj.engine.token_parts import SplitTexts, pulled_back, split_texts
+from gradproj.errors import ConfigError
 from gradproj.job.recorded import RecordedEngine
 from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.model.token_texts import TokenText, TokenTexts
 from gradproj.query.projector import QueryProjector, QueryRows
 
+MAX_TOKENS = 2**17
+"""Of a document that is split; a longer one is of use to no reader of its tokens."""
 _ROW_BYTES = 2**30
 """Most bytes of documents' rows at once; more documents take several groups of queries."""
 
@@ -52,10 +56,38 @@ class TokenScores:
     has_head: bool
     documents: dict[int, list[TokenText]] = field(default_factory=dict)
     """Sample id -> the tokens that its row covers."""
-    queries: list[list[TokenText]] = field(default_factory=list)
-    """Of each query; empty if its tokens were not split."""
+    queries: dict[int, list[TokenText]] = field(default_factory=dict)
+    """Number of a query -> its tokens, if they were split."""
     found: dict[tuple[int, int], TokenScore] = field(default_factory=dict)
-    """(Number of the query or set, sample id) -> its parts."""
+    """(Number of the query or set, sample id) -> its parts; none of documents of more than
+    ``MAX_TOKENS``."""
+
+    @classmethod
+    def summed(cls, parts: Sequence["TokenScores"], weights: Sequence[float]) -> "TokenScores":
+        """Return the weighted sum of the scores of the same documents at several checkpoints.
+
+        Raises:
+            ConfigError: tokenizers that split a text into other tokens.
+        """
+        first, total = parts[0], TokenScores(parts[0].layers, any(x.has_head for x in parts))
+        total.documents, total.queries = first.documents, first.queries
+        for other in parts[1:]:
+            if (other.documents, other.queries) != (first.documents, first.queries):
+                raise ConfigError(
+                    "the checkpoints' tokenizers split the texts into other tokens, so the scores "
+                    "of tokens cannot be added: leave --tokens out"
+                )
+        for key in first.found:
+            pairs = [(w, x.found[key]) for w, x in zip(weights, parts, strict=True)]
+            of_queries = [(w, x.query_parts) for w, x in pairs if x.query_parts is not None]
+            total.found[key] = TokenScore(
+                score=sum(w * x.score for w, x in pairs),
+                parts=np.sum([w * x.parts for w, x in pairs], axis=0),
+                layers=np.sum([w * x.layers for w, x in pairs], axis=0),
+                head=sum(w * x.head for w, x in pairs),
+                query_parts=np.sum([w * x for w, x in of_queries], axis=0) if of_queries else None,
+            )
+        return total
 
 
 @dataclass(frozen=True)
@@ -97,7 +129,7 @@ class TokenSplitter:
             if not len(group.ids):
                 continue
             group.split_documents()
-            if self.projector is not None and not has_sets:
+            if len(group.ids) and self.projector is not None and not has_sets:
                 group.split_queries(rows)
         return found
 
@@ -127,10 +159,12 @@ class _Group:
     def split_documents(self) -> None:
         """Run the documents, and note what their tokens and layers add to each score."""
         made, prepared, scan = self._splitter.recorded, self._prepared, self._scan
-        sequences, texts = self._splitter.documents.with_texts(self.ids)
+        self.ids, sequences, texts = self._splitter.documents.with_texts(self.ids, MAX_TOKENS)
+        if not len(self.ids):
+            return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]
         matrices = pulled_back(prepared.weights.cpu(), self._columns, scan.store.basis)
-        split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
+        split = _split(made, sequences, matrices, chosen)
         lengths = np.ones(len(self.ids))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(self.ids)).astype(np.float64)
@@ -182,17 +216,18 @@ class _Group:
         solved = scan.solved(self.rows.double()).double()
         largest = solved.abs().amax(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
         matrices = pulled_back(solved / largest[:, None], self._columns, scan.store.basis)
-        chosen = [np.searchsorted(self.ids, ids) for ids in self._listed]
+        listed = [ids[np.isin(ids, self.ids)] for ids in self._listed]
+        chosen = [np.searchsorted(self.ids, ids).astype(np.int64) for ids in listed]
         made = projector.recorded
-        split = split_texts(made.model, made.engine, sequences, matrices, chosen, made.batch)
+        split = _split(made, sequences, matrices, chosen)
         lengths = np.ones(len(asked))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(asked)).astype(np.float64)
         norms = self._query_norms(rows)
         texts_of = _Places(sequences, texts)
-        for subject, ids in enumerate(self._listed):
+        for subject, ids in enumerate(listed):
             parts = texts_of.summed(split, subject)
-            self._found.queries.append(texts_of.tokens(subject))
+            self._found.queries[self._first + subject] = texts_of.tokens(subject)
             for part, place, sample_id in zip(parts, chosen[subject], ids.tolist(), strict=True):
                 factor = float(self.scale[place] * largest[place]) / lengths[subject]
                 known = self._found.found[self._first + subject, sample_id]
@@ -213,6 +248,19 @@ class _Group:
         return torch.where(norms > 0, norms, 1.0).numpy()
 
 
+def _split(
+    made: RecordedEngine,
+    sequences: Sequence[TokenSequence],
+    matrices: Mapping[str, torch.Tensor],
+    chosen: Sequence[np.ndarray],
+) -> SplitTexts:
+    """Split texts, with news for the watch of this thread's scans."""
+    with ScanProgress(len(sequences), what="texts") as progress:
+        return split_texts(
+            made.model, made.engine, sequences, matrices, chosen, made.batch, progress.update
+        )
+
+
 class _Places:
     """Parts of sequences, put in the places of their documents' tokens."""
 
@@ -228,7 +276,7 @@ class _Places:
 
     def tokens(self, owner: int) -> list[TokenText]:
         """Return the tokens that the owner's sequences cover."""
-        return [self._texts[owner].tokens[place] for place in self._covered(owner).tolist()]
+        return [self._texts[owner][place] for place in self._covered(owner).tolist()]
 
     def summed(self, split: SplitTexts, owner: int) -> np.ndarray:
         """Return the parts of these tokens, ``(m, T)``; that of two windows is their sum."""

@@ -45,22 +45,25 @@ def documents_of(
     values: Sequence[str],
     excerpts: TextExcerpts,
     most: int = EXCERPT_CHARACTERS,
-    shading: Callable[[int], Shading] | None = None,
+    shading: Callable[[int], Shading | None] | None = None,
 ) -> list[DocumentLine]:
     """Return documents ready for a table, with their shading if it is known."""
-    return [
-        DocumentLine(
-            value=value,
-            sample_id=sample.sample_id,
-            key=one_line(escaped(sample.key), 80),
-            domain=None if sample.domain is None else one_line(sample.domain, 60),
-            loss=digits(sample.loss, 4),
-            n_tokens=sample.n_tokens,
-            excerpt=excerpts.of(sample.sample_id, most) if shading is None else None,
-            shading=None if shading is None else shading(sample.sample_id),
+    lines = []
+    for sample, value in zip(store.samples(ids), values, strict=True):
+        shaded = None if shading is None else shading(sample.sample_id)
+        lines.append(
+            DocumentLine(
+                value=value,
+                sample_id=sample.sample_id,
+                key=one_line(escaped(sample.key), 80),
+                domain=None if sample.domain is None else one_line(sample.domain, 60),
+                loss=digits(sample.loss, 4),
+                n_tokens=sample.n_tokens,
+                excerpt=excerpts.of(sample.sample_id, most) if shaded is None else None,
+                shading=shaded,
+            )
         )
-        for sample, value in zip(store.samples(ids), values, strict=True)
-    ]
+    return lines
 
 
 def scaled_values(*arrays: np.ndarray, sign: bool = False) -> tuple[list[list[str]], str]:

@@ -1,5 +1,6 @@
 """Draws the PNG of ``domains``: facts of each domain and the two matrices."""
 
+import io
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN
-from gradproj.files import explain_os_errors
 from gradproj.formatting import one_line
 from gradproj.report.domain_summary import DomainFacts
 from gradproj.report.figures import NAME_CHARACTERS, draw_matrix
 from gradproj.report.number_format import digits, power
 from gradproj.report.svg import default_settings
+from gradproj.storage.results import write_result
 
 MAX_DRAWN_DOMAINS = 40
 """Domains in the PNG, those with the most rows: more cells cannot be read."""
@@ -67,8 +68,9 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
             bar = place.colorbar(cells, ax=axes, extend="both", fraction=0.04, pad=0.02)
             bar.set_label(unit + (f", in {power(exponent)}" if exponent else ""), fontsize=8)
             bar.ax.tick_params(labelsize=7)
-        with explain_os_errors(path):
-            figure.savefig(path)
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    write_result("--output_dir", path, [image.getbuffer()])
 
 
 def _draw_bars(part: Any, facts: DomainFacts, shown: list[int]) -> None:

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from gradproj.formatting import clean_piece
 from gradproj.model.token_texts import TokenText
 from gradproj.query.token_scores import TokenScores
-from gradproj.report.number_format import minus, places_for, scaled
+from gradproj.report.number_format import exponent_of, minus, places_for, scaled
 
 COLOURS = {
     "p1": "#eaf2fa", "p2": "#d6e6f5", "p3": "#c2daf0", "p4": "#adcdea", "p5": "#9bc2e5",
@@ -25,6 +25,17 @@ _CHARACTERS = 240
 _PIECE_CHARACTERS = 80
 _MOST_CELLS = 48
 """Of a strip; of more layers, those of a block share a cell."""
+
+
+class Scale:
+    """Formats parts of scores in the unit of a table, with a decimal more than the scores have."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.exponent = exponent_of(scores)
+        self._places = places_for(scores, self.exponent) + 1
+
+    def __call__(self, value: float) -> str:
+        return minus(scaled(value, self.exponent, self._places))
 
 
 @dataclass(frozen=True)
@@ -48,48 +59,44 @@ class Shading:
     """The recomputed score, formatted."""
 
 
-def shading_of(
-    scores: TokenScores, query: int, sample_id: int, exponent: int, largest: float
-) -> Shading:
+def shading_of(scores: TokenScores, query: int, scale: Scale, sample_id: int) -> Shading | None:
     """Return the excerpt of a document in which most of its score for a query comes about.
 
-    Numbers are in units of ``10^exponent``; ``largest`` is a score of the table.
+    None if it was not split.
     """
-    found = scores.found[query, sample_id]
-    places = places_for([largest], exponent) + 1
+    found = scores.found.get((query, sample_id))
+    if found is None:
+        return None
     names, values = _blocks(scores.layers, found.layers)
     if scores.has_head:
         names, values = [*names, "head rows"], np.append(values, found.head)
     return Shading(
-        _excerpt(scores.documents[sample_id], found.parts, exponent, places),
+        _excerpt(scores.documents[sample_id], found.parts, scale),
         [
-            Shaded(escape(clean_piece(name)), _number(value, exponent, places), shade)
+            Shaded(escape(clean_piece(name)), scale(value), shade)
             for name, value, shade in zip(names, values.tolist(), _shades(values), strict=True)
         ],
-        _number(found.score, exponent, places),
+        scale(found.score),
     )
 
 
 def query_shading(
-    scores: TokenScores, query: int, sample_ids: Sequence[int], exponent: int, largest: float
+    scores: TokenScores, query: int, sample_ids: Sequence[int], scale: Scale
 ) -> list[Shaded]:
     """Return the query's text by the mean of its tokens' parts of some documents' scores."""
-    parts = [scores.found[query, i].query_parts for i in sample_ids]
-    known = [x for x in parts if x is not None]
+    found = [scores.found.get((query, i)) for i in sample_ids]
+    known = [x.query_parts for x in found if x is not None and x.query_parts is not None]
     if not known:
         return []
-    places = places_for([largest], exponent) + 1
-    return _excerpt(scores.queries[query], np.mean(known, axis=0), exponent, places)
+    return _excerpt(scores.queries[query], np.mean(known, axis=0), scale)
 
 
-def _excerpt(
-    tokens: Sequence[TokenText], parts: np.ndarray, exponent: int, places: int
-) -> list[Shaded]:
+def _excerpt(tokens: Sequence[TokenText], parts: np.ndarray, scale: Scale) -> list[Shaded]:
     pieces = [clean_piece(token.piece[:_PIECE_CHARACTERS]) for token in tokens]
     first, last = _densest(np.array(list(map(len, pieces))), np.abs(parts))
     shades = _shades(parts)
     shown = [
-        Shaded(escape(pieces[n]), _number(float(parts[n]), exponent, places), shades[n])
+        Shaded(escape(pieces[n]), scale(float(parts[n])), shades[n])
         for n in range(first, last)
         if pieces[n]
     ]
@@ -127,7 +134,3 @@ def _blocks(layers: Sequence[str], values: np.ndarray) -> tuple[list[str], np.nd
 def _block(layer: str) -> str:
     found = re.match(r"(?:[^.\d]\w*\.)*\d+(?=\.)", layer)
     return found[0] if found else layer
-
-
-def _number(value: float, exponent: int, places: int) -> str:
-    return minus(scaled(value, exponent, places))

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -24,7 +24,7 @@ from gradproj.errors import GradprojError
 from gradproj.formatting import clean
 from gradproj.serve.explorer import Explorer
 from gradproj.serve.guard import FILES_PREFIX, Guard
-from gradproj.serve.scans import Event, QueueFull, ScanQueue, Work
+from gradproj.serve.scans import Event, Events, QueueFull, ScanQueue, Work
 
 NDJSON = "application/x-ndjson"
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -170,9 +170,7 @@ class Server:
             return _problem(503, str(error), {"retry-after": "5"})
         return EventResponse(first, events, streams)
 
-    async def _logged(
-        self, events: AsyncGenerator[Event, None], what: str
-    ) -> AsyncGenerator[Event, None]:
+    async def _logged(self, events: Events, what: str) -> Events:
         started, ended = time.monotonic(), "disconnected"
         try:
             async with aclosing(events) as source:
@@ -200,7 +198,7 @@ class EventResponse(Response):
     A client that disconnects closes the events, which ends the scan.
     """
 
-    def __init__(self, first: Event, events: AsyncGenerator[Event, None], streams: bool) -> None:
+    def __init__(self, first: Event, events: Events, streams: bool) -> None:
         self._first, self._events, self._streams = first, events, streams
         self.background = None
 

@@ -1,7 +1,7 @@
 """Long work of a server, a scan each: a bounded number at once, a queue, cancel and a time limit.
 
-A scan runs in a thread and reports events; the request that asked for it reads them in the event loop. A
-slow reader holds nothing up: of a kind of event, it gets the latest.
+A scan runs in a thread and reports events; the request that asked for it reads them in the event
+loop. A slow reader holds nothing up: of a kind of event, it gets the latest.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from gradproj.errors import GradprojError
 
 Event = dict[str, Any]
 """An object of the stream: ``event`` is its kind."""
+Events = AsyncGenerator[Event, None]
 QUEUE_NEWS_S = 1.0
 """Seconds between two messages to one that waits, which also show whether it is still there."""
 
@@ -66,7 +67,7 @@ class ScanQueue:
         """Numbers of scans that run and that wait."""
         return {"running": self._running, "waiting": len(self._waiting)}
 
-    async def events(self, work: Work) -> AsyncGenerator[Event, None]:
+    async def events(self, work: Work) -> Events:
         """Wait for a place, run ``work`` and yield its events, ``queued`` ones before it starts.
 
         Closing the iterator cancels the scan: its thread ends at its next block.
@@ -98,7 +99,7 @@ class ScanQueue:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), QUEUE_NEWS_S)
 
-    async def _run(self, work: Work) -> AsyncGenerator[Event, None]:
+    async def _run(self, work: Work) -> Events:
         latest: dict[str, Event] = {}
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
 

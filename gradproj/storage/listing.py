@@ -71,7 +71,9 @@ def list_folder(folder: Address) -> dict[Address, ObjectFacts]:
     prefix = f"{key}/" if key else None
     with explained(folder, CorpusError):
         listing = retried(lambda: obstore.list_with_delimiter(store, prefix))
-    objects = {folder.of_bucket(meta["path"]): facts_of(meta) for meta in listing["objects"]}
+    # An object with the folder's own name and a slash stands for an empty folder.
+    found = [meta for meta in listing["objects"] if meta["path"].rstrip("/") != key]
+    objects = {folder.of_bucket(meta["path"]): facts_of(meta) for meta in found}
     return dict(sorted(objects.items()))
 
 

@@ -7,7 +7,8 @@ A bucket has no folders, only keys: a folder exists as long as a key begins with
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import total_ordering
 from pathlib import Path, PurePosixPath
@@ -16,17 +17,33 @@ from typing import Any, NamedTuple, cast
 from gradproj.errors import ConfigError
 from gradproj.storage.address import Address, is_remote
 from gradproj.storage.bucket import open_bucket
-from gradproj.storage.objects import ObjectReader, StoredObject
+from gradproj.storage.byte_ranges import executor
+from gradproj.storage.cache import FileCache
+from gradproj.storage.stored_object import ObjectReader, StoredObject
 
 WRITABLE = ("s3", "gs", "az")
 """Schemes of stores that an output may lie in: they have conditional writes."""
 _BUFFER_BYTES = 2**20
 
 
-def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Path:
+@dataclass
+class Reading:
+    """Settings of this process for reading buckets. A command sets them once, from its flags."""
+
+    anonymous: bool = False
+    """Without credentials, as public buckets allow."""
+    cache: FileCache | None = None
+    """Keeps whole objects on local disk, for commands that read them again."""
+
+
+READING = Reading()
+
+
+def path_of(place: "str | Path | ObjectPath", *, anonymous: bool | None = None) -> Path:
     """Return the path of a file or folder, on disk or in a bucket.
 
-    Declared as a ``Path``, since an ``ObjectPath`` stands in for one.
+    Declared as a ``Path``, since an ``ObjectPath`` stands in for one. ``anonymous``: without
+    credentials; default: as ``READING`` says.
 
     Raises:
         ConfigError: an address that cannot hold an output, or a bucket that cannot be opened.
@@ -36,13 +53,17 @@ def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Pat
     text = str(place)
     if not is_remote(text):
         return Path(place)
-    address = Address.parse(text)
+    address = Address.parse(text, READING.anonymous if anonymous is None else anonymous)
     if address.scheme not in WRITABLE:
         raise ConfigError(
             f"{address}: outputs lie on disk or in a bucket ({'://, '.join(WRITABLE)}://)"
         )
-    store, _ = open_bucket(address, anonymous=anonymous)
-    return cast(Path, ObjectPath(store, address, anonymous))
+    return cast(Path, ObjectPath(open_bucket(address)[0], address))
+
+
+def in_bucket(path: Path) -> bool:
+    """Return whether a path is in a bucket, where no disk can be full."""
+    return isinstance(path, ObjectPath)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -53,6 +74,35 @@ def names_in(folder: Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
+
+
+def read_each(paths: Sequence[Path]) -> list[bytes | OSError]:
+    """Return the content of each file, or why it cannot be read; of objects at the same time."""
+
+    def read(path: Path) -> bytes | OSError:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            return error
+
+    if len(paths) > 1 and isinstance(paths[0], ObjectPath):
+        return list(executor().map(read, paths))
+    return [read(path) for path in paths]
+
+
+Stamp = Any
+"""Tells two versions of a file or an object apart without reading them."""
+
+
+def read_if_changed(path: Path, stamp: Stamp) -> tuple[bytes, Stamp] | None:
+    """Return a file's content and stamp; None if its stamp still is ``stamp``."""
+    if isinstance(path, ObjectPath):
+        return path.read_versioned() if stamp is None else path.read_unless(stamp)
+    # Opened, not only stat'ed: on NFS an open asks the server, a stat may be cached here.
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        now = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return None if now == stamp else (file.read(), now)
 
 
 class ObjectStat(NamedTuple):
@@ -70,7 +120,7 @@ class ObjectPath(StoredObject):
     __slots__ = ()
 
     def _at(self, address: Address) -> "ObjectPath":
-        return ObjectPath(self.store, address, self.anonymous)
+        return ObjectPath(self.store, address)
 
     # --- names ---
 
@@ -156,7 +206,7 @@ class ObjectPath(StoredObject):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The address alone: another process finds credentials where its own SDK looks.
-        return _reopen, (str(self), self.anonymous)
+        return _reopen, (str(self), self.address.anonymous)
 
     # --- what is there ---
 
@@ -186,8 +236,7 @@ class ObjectPath(StoredObject):
 
     def walk_files(self) -> "list[ObjectPath]":
         """Return all objects below this key, in no order."""
-        scheme, bucket = self.address.scheme, self.address.bucket
-        return [self._at(Address(scheme, bucket, key)) for key in self.keys_below()]
+        return [self._at(replace(self.address, key=key)) for key in self.keys_below()]
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """Yield what lies in this folder, sorted; nothing if it does not exist."""

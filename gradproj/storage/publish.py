@@ -10,6 +10,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,27 +20,30 @@ from gradproj.files import (
     fsync_dir,
     fsync_tree,
     publish_exclusively,
+    replace_atomically,
     temporary_beside,
-    write_and_replace,
     write_file_durably,
 )
+from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import ObjectPath
-from gradproj.storage.objects import Version
+from gradproj.storage.stored_object import Version
 
 PREPARED_DIR = "prepared"
 """Folder of a bucket's output that holds what is about to be published, beside its final place."""
 
 
 class Outdated(Exception):
-    """What was about to be replaced has been replaced by another process."""
+    """Another process has replaced what this one was about to replace."""
 
 
 class Publisher(ABC):
     """Publishes into one output."""
 
     @abstractmethod
-    def create(self, final: Path, chunks: Iterable[Any]) -> bool:
+    def create(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> bool:
         """Publish a file of this content unless the name is taken.
+
+        ``mode``: permission bits on disk; default: those of the umask.
 
         Returns:
             Whether the name now has this content by this call. In a bucket also if it had it
@@ -47,7 +51,7 @@ class Publisher(ABC):
         """
 
     @abstractmethod
-    def replace(self, final: Path, chunks: Iterable[Any]) -> None:
+    def replace(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> None:
         """Publish a file, replacing what is there.
 
         Raises:
@@ -72,6 +76,13 @@ class Publisher(ABC):
     def replace_tree(self, folder: Path, files: Mapping[str, bytes]) -> None:
         """Publish a folder, replacing what is there; a reader may find none for an instant."""
 
+    @abstractmethod
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        """Replace a file so that no earlier holder of this right can replace it any more.
+
+        ``change`` makes content that it never had. On disk fencing does the work.
+        """
+
     def guarded(self, check: Callable[[], None]) -> "Publisher":
         """Return a publisher for files that one process at a time may replace.
 
@@ -86,16 +97,21 @@ class FilePublisher(Publisher):
     def __init__(self, scratch: Path | None = None) -> None:
         self.scratch = scratch
 
-    def create(self, final: Path, chunks: Iterable[Any]) -> bool:
+    def create(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> bool:
         temporary = temporary_beside(final, self.scratch)
-        write_file_durably(temporary, chunks)
+        write_file_durably(temporary, chunks, mode)
         return publish_exclusively(temporary, final)
 
-    def replace(self, final: Path, chunks: Iterable[Any]) -> None:
-        write_and_replace(final, chunks, self.scratch)
+    def replace(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> None:
+        temporary = temporary_beside(final, self.scratch)
+        write_file_durably(temporary, chunks, mode)
+        replace_atomically(temporary, final)
 
     def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         self.replace(final, [change(final.read_bytes())])
+
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        pass
 
     def create_tree(self, folder: Path, files: Mapping[str, bytes], last: str) -> bool:
         if os.path.lexists(folder):
@@ -150,11 +166,19 @@ class ObjectPublisher(Publisher):
     def guarded(self, check: Callable[[], None]) -> "ObjectPublisher":
         return ObjectPublisher(check)
 
-    def create(self, final: Path, chunks: Iterable[Any]) -> bool:
+    def create(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> bool:
         data = b"".join(chunks)
-        return _object(final).put_if_absent([data]) or read_or_none(final) == data
+        return self.publish_or_read(final, data) == data
 
-    def replace(self, final: Path, chunks: Iterable[Any]) -> None:
+    def publish_or_read(self, final: Path, data: bytes) -> bytes:
+        """Publish an object unless there is one, and return the one that is there."""
+        while not _object(final).put_if_absent([data]):
+            found = read_or_none(final)
+            if found is not None:  # not deleted in between
+                return found
+        return data
+
+    def replace(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> None:
         path = _object(final)
         if self._check is None:
             path.put(chunks)
@@ -166,15 +190,15 @@ class ObjectPublisher(Publisher):
         data, version = path.read_versioned()
         self._replace_version(path, version, change(data))
 
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        self.update(final, change)
+
     def _replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
-        # The version was noted before the check. So whoever takes over after the check finds this
+        # The version was noted before the check. So one that takes over after the check finds this
         # write done, or makes its condition fail.
         if self._check is not None:
             self._check()
-        if version is None:
-            done = path.put_if_absent([data])
-        else:
-            done = path.put_if_match([data], version)
+        done = path.put_if_match([data], version) if version else path.put_if_absent([data])
         if not done and read_or_none(cast(Path, path)) != data:
             raise Outdated(str(path))
 
@@ -244,25 +268,16 @@ def replace(final: Path, chunks: Iterable[Any]) -> None:
     publisher_of(final).replace(final, chunks)
 
 
-def read_or_none(path: Path) -> bytes | None:
-    """Return the content of a file or an object; None if there is none."""
+def overwrite(final: Path, content: bytes) -> None:
+    """Replace a small file that may be lost in a crash of the machine: it is not flushed."""
+    if isinstance(final, ObjectPath):
+        final.put([content])
+        return
+    temporary = final.with_suffix(".tmp")
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def tree_exists(folder: Path, last: str) -> bool:
-    """Return whether ``create_tree`` has published a folder.
-
-    On disk it appears as a whole, and what is missing in it was deleted.
-    """
-    return (folder / last).is_file() if isinstance(folder, ObjectPath) else folder.exists()
-
-
-def delete_tree(folder: Path) -> None:
-    """Delete a folder and all that is in it, if it exists. Errors of a disk are ignored."""
-    if isinstance(folder, ObjectPath):
-        folder.remove_tree()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, final)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -18,6 +18,7 @@ import torch
 
 from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, fsync_file, temporary_beside
+from gradproj.storage.publish import FilePublisher
 from gradproj.store.append_table import refuse_gap
 from gradproj.store.layout import (
     COLUMNS,
@@ -68,7 +69,8 @@ def create_row_store(
     with explain_os_errors(folder):
         shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed here
         scratch.mkdir(parents=True)
-    create_store(folder / STORE_NAME, layout, attributes, matrices, scratch, EXTRA)
+    publisher = FilePublisher(scratch)
+    create_store(folder / STORE_NAME, layout, attributes, matrices, publisher, EXTRA)
 
 
 class AppendStore:

@@ -26,6 +26,8 @@ continues version 1."""
 # Names in an output directory. That of the corpus index is in corpus/tar/paths.py.
 
 STORE_NAME = "projections.zarr"
+GROUP_NAME = "zarr.json"
+"""The file in the store that makes it one."""
 METADATA_NAME = "metadata.json"
 RUN_CONFIG_NAME = "run_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"

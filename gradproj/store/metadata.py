@@ -2,8 +2,7 @@
 
 import errno
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,16 @@ from typing import Any
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
+from gradproj.storage.address import is_remote
+from gradproj.storage.folders import tree_exists
+from gradproj.storage.object_path import ObjectPath, Stamp, path_of, read_each, read_if_changed
 from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
+    GROUP_NAME,
     PACKED_BITS,
     STORE_NAME,
     STORED_DTYPES,
@@ -38,7 +41,8 @@ def find_store(path: str | Path) -> Path:
         StoreError: there is none.
     """
     try:
-        path = Path(local_path(str(path)))
+        remote = isinstance(path, ObjectPath) or is_remote(str(path))
+        path = path_of(path) if remote else Path(local_path(str(path)))
     except ConfigError as error:
         raise StoreError(f"{path} {error}") from error
     for candidate in (path / STORE_NAME, path):
@@ -75,6 +79,11 @@ def read_attributes(store_path: Path) -> dict[str, Any]:
     return attributes
 
 
+def store_exists(output: Path) -> bool:
+    """Return whether an output directory has a store, damaged or not."""
+    return tree_exists(output / STORE_NAME, GROUP_NAME)
+
+
 class WhichStore:
     """Identifies the store that is at a path now. Cheap enough to call for every unit.
 
@@ -82,8 +91,8 @@ class WhichStore:
     """
 
     def __init__(self, store_path: Path) -> None:
-        self._path = store_path / "zarr.json"
-        self._seen: tuple[tuple[int, ...], tuple[Any, Any]] | None = None
+        self._path = store_path / GROUP_NAME
+        self._seen: tuple[Stamp, tuple[Any, Any]] | None = None
 
     def __call__(self) -> tuple[Any, Any] | None:
         """Return ``(identity_hash, store_id)`` of the store; None if there is no store.
@@ -105,18 +114,17 @@ class WhichStore:
         raise AssertionError("unreachable")
 
     def _read(self) -> tuple[Any, Any]:
-        # Opened, not only stat'ed: on NFS an open asks the server, a stat may be cached here.
-        with open(self._path, "rb") as file:
-            stat, seen = os.fstat(file.fileno()), self._seen
-            stamp = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if seen is None or seen[0] != stamp:
-                content = json.load(file)
-                attributes = content.get("attributes", {}) if isinstance(content, dict) else None
-                if not isinstance(attributes, dict):
-                    raise ValueError("it is no object with attributes")
-                seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
-                self._seen = seen
-            return seen[1]
+        seen = self._seen
+        newer = read_if_changed(self._path, None if seen is None else seen[0])
+        if newer is not None:
+            content, stamp = json.loads(newer[0]), newer[1]
+            attributes = content.get("attributes", {}) if isinstance(content, dict) else None
+            if not isinstance(attributes, dict):
+                raise ValueError("it is no object with attributes")
+            seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
+            self._seen = seen
+        assert seen is not None
+        return seen[1]
 
 
 def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
@@ -151,16 +159,20 @@ def head_of(
         return HeadSegment.of(attributes, layout.stored_width)
 
 
-def read_layout(store_path: Path) -> StoreLayout:
+def read_layout(store_path: Path, attributes: dict[str, Any] | None = None) -> StoreLayout:
     """Read the layout from the arrays' metadata, by any writer.
+
+    ``attributes`` are the group's, if they have been read.
 
     Raises:
         StoreError: an array is missing, or ``projections`` is not a sharded 2-D array of a known
             type.
     """
     path = store_path / "projections" / "zarr.json"
-    rows = _read_json(path, store_path)
-    columns = {name: _read_json(store_path / name / "zarr.json", store_path) for name in COLUMNS}
+    attributes = attributes or read_attributes(store_path)
+    files = [path, *(store_path / name / "zarr.json" for name in COLUMNS)]
+    rows, *of_columns = _read_jsons(files, store_path)
+    columns = dict(zip(COLUMNS, of_columns, strict=True))
     with _explained(store_path / "key" / "zarr.json"):
         key_bytes = columns["key"]["shape"][1]
     with _explained(store_path / "status" / "zarr.json"):
@@ -191,14 +203,13 @@ def read_layout(store_path: Path) -> StoreLayout:
             column_rows=column_rows,
         )
     if layout.proj_dtype == "uint8":
-        layout = _packed_layout(store_path, layout)
-    return replace(layout, hidden_width=_hidden_width(store_path, layout))
+        layout = _packed_layout(store_path, layout, attributes)
+    has_hidden = HIDDEN_STATE in attributes
+    return replace(layout, hidden_width=_hidden_width(store_path, layout) if has_hidden else 0)
 
 
 def _hidden_width(store_path: Path, layout: StoreLayout) -> int:
-    """Return the values of a hidden state; 0 for a store without them."""
-    if HIDDEN_STATE not in read_attributes(store_path):
-        return 0
+    """Return the values of a hidden state."""
     path = store_path / HIDDEN_STATE / "zarr.json"
     array = _read_json(path, store_path)
     with _explained(path):
@@ -209,10 +220,11 @@ def _hidden_width(store_path: Path, layout: StoreLayout) -> int:
         return int(width)
 
 
-def _packed_layout(store_path: Path, layout: StoreLayout) -> StoreLayout:
+def _packed_layout(
+    store_path: Path, layout: StoreLayout, attributes: dict[str, Any]
+) -> StoreLayout:
     """Complete the layout of packed rows from the group's attributes."""
     path = store_path / "zarr.json"
-    attributes = read_attributes(store_path)
     with _explained(path):
         layers, encoding = layers_of(attributes), attributes["encoding"]
         layout = replace(
@@ -258,16 +270,25 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read_json(path: Path, store_path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). "
-            f"{_WAY_OUT}"
-        ) from error
-    if not isinstance(content, dict):
-        raise _no_metadata(path, "it holds no JSON object")
-    return content
+    return _read_jsons([path], store_path)[0]
+
+
+def _read_jsons(paths: Sequence[Path], store_path: Path) -> list[dict[str, Any]]:
+    contents = []
+    for path, data in zip(paths, read_each(paths), strict=True):
+        try:
+            if isinstance(data, OSError):
+                raise data
+            content = json.loads(data)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). "
+                f"{_WAY_OUT}"
+            ) from error
+        if not isinstance(content, dict):
+            raise _no_metadata(path, "it holds no JSON object")
+        contents.append(content)
+    return contents
 
 
 def _no_metadata(path: Path, what: str) -> StoreError:

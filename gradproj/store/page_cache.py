@@ -17,6 +17,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from gradproj.errors import damaged
+from gradproj.storage.contents import local_file
+from gradproj.storage.object_path import READING, ObjectPath
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -57,10 +59,15 @@ class LRUCache(Generic[K, V]):
         return key in self._items
 
 
-def map_file(path: Path) -> mmap.mmap | None:
-    """Map a file read-only. Returns None if it does not exist; an empty file is a StoreError."""
+def map_file(path: Path) -> mmap.mmap | bytes | None:
+    """Map a file read-only, or read an object of a bucket.
+
+    Returns None if it does not exist; an empty file is a StoreError.
+    """
     try:
-        with open(path, "rb") as file:
+        if isinstance(path, ObjectPath) and READING.cache is None:
+            return path.read_bytes()
+        with local_file(path) as local, open(local, "rb") as file:
             return _map(file.fileno(), path)
     except FileNotFoundError:
         return None
@@ -83,7 +90,8 @@ class PagedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        with local_file(path) as local:
+            self._descriptor = os.open(local, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self.data = _map(self._descriptor, path)
         self.data.madvise(mmap.MADV_RANDOM)  # no read-ahead on page faults

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import zarr
 
 from gradproj.errors import ConfigError, StoreError, damaged
 from gradproj.store.column_reader import Columns
@@ -21,6 +20,7 @@ from gradproj.store.page_cache import LRUCache
 from gradproj.store.row_reader import Band, Missing, Rows
 from gradproj.store.selection import Selection, select_layers
 from gradproj.store.texts import RecordedTexts
+from gradproj.store.zarr_arrays import open_array
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,7 +47,7 @@ class ProjectionStore:
     def __init__(self, path: str | Path, read_text: Callable[[int], str] | None = None) -> None:
         self.path = find_store(path)
         self.attributes: dict[str, Any] = read_attributes(self.path)
-        self.layout = read_layout(self.path)
+        self.layout = read_layout(self.path, self.attributes)
         self.layers: list[LayerSlice] = layers_of(self.attributes)
         self.domains: list[str] = list(self.attributes.get("domains", []))
         self._read_text = read_text or RecordedTexts(self.path.parent)
@@ -84,6 +84,7 @@ class ProjectionStore:
         """Unmap all files. A later read maps them again."""
         self._maps.clear()
         self._columns.clear()
+        self._rows.clear()
 
     def rows(
         self,
@@ -310,7 +311,7 @@ class ProjectionStore:
                 "`python -m gradproj verify` to see all damage"
             )
         try:
-            return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
+            return np.asarray(open_array(self.path / name)[...])
         except (ValueError, TypeError, KeyError, RuntimeError) as error:  # zarr's, of damaged files
             raise damaged(self.path / name, f"zarr cannot read it ({error})") from error
 

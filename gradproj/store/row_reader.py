@@ -13,7 +13,7 @@ from gradproj.store.column_reader import Columns, group_by_unit
 from gradproj.store.layout import STATUS, StoreLayout
 from gradproj.store.page_cache import LRUCache
 from gradproj.store.selection import Selection
-from gradproj.store.shard_reader import Shards
+from gradproj.store.shard_reader import UNITS_AHEAD, Shards
 
 Missing = Literal["raise", "nan"]
 
@@ -88,9 +88,9 @@ class Rows:
             self._read_range(first, selection, columns, out, missing)
             # The pages of a few rows stay mapped: they may be read again.
             if len(ids) >= self.layout.chunk_rows:
-                self._release(first, first + len(ids))
+                self._release(first, first + len(ids), selection)
             return out
-        for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
+        for unit, group in self._asked_ahead(ids, columns["status"], selection):
             if self._has_rows(unit, columns["status"][group], missing):
                 inside = ids[group] - unit * self.layout.rows_per_shard
                 out[group] = self._shards.read_rows(
@@ -101,6 +101,24 @@ class Rows:
                 out[group] = np.nan
         return out
 
+    def _asked_ahead(
+        self, ids: np.ndarray, status: np.ndarray, selection: Selection
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each unit among the ids, with positions in ``ids``, as ``group_by_unit`` does.
+
+        Its rows are being read, and so are those of units that follow, where that helps.
+        """
+        height = self.layout.rows_per_shard
+        groups, asked = list(group_by_unit(ids, height)), 0
+        for number, (unit, group) in enumerate(groups):
+            while asked < len(groups) and asked <= number + self._shards.units_ahead:
+                other, positions = groups[asked]
+                self._shards.open_ahead([u for u, _ in groups[asked : asked + UNITS_AHEAD]])
+                if status[positions].any():
+                    self._shards.prefetch_rows(other, ids[positions] - other * height, selection)
+                asked += 1
+            yield unit, group
+
     def _refuse_missing(self, ids: np.ndarray) -> None:
         if len(ids):
             named = ", ".join(map(str, ids[:_NAMED_IDS].tolist()))
@@ -109,6 +127,10 @@ class Rows:
                 f"{len(ids)} of the requested samples are missing from {self._store_path}: "
                 f'{named}{more}. Let the job finish, or pass missing="nan"'
             )
+
+    def clear(self) -> None:
+        """Forget what was asked for ahead."""
+        self._shards.clear()
 
     # A scan keeps no reference to a block, so that malloc reuses its memory for a later one.
 
@@ -141,7 +163,8 @@ class Rows:
         stop = self._checked_stop(start, stop)
         height = min(rows_per_band or self.layout.chunk_rows, self._band_rows(selection))
         bytes_a_band = height * selection.width * self.layout.stored_dtype.itemsize
-        n_ahead = 1 + _BLOCK_BYTES // max(1, bytes_a_band)
+        ahead = max(_BLOCK_BYTES, self._shards.bytes_ahead)
+        n_ahead = 1 + ahead // max(1, bytes_a_band)
         waiting: deque[Band] = deque()
         for band in self._bands_to_read(height, selection, start, stop):
             waiting.append(band)
@@ -154,17 +177,28 @@ class Rows:
         self, height: int, selection: Selection, start: int, stop: int
     ) -> Iterator[Band]:
         """Yield bands of at most ``height`` rows, each in one chunk, and begin to read each."""
-        grid = self.layout.chunk_rows
+        grid, step = self.layout.chunk_rows, 1
+        if self._shards.asks_for_whole_bands(selection):
+            step = grid
         for unit, first, last in self._units(start, stop):
-            columns, begin = self._columns.read_range(["row_scale"], first, last), first
+            self._open_ahead(unit, stop)
+            columns, begin, asked = (
+                self._columns.read_range(["row_scale"], first, last),
+                first,
+                first,
+            )
             has_rows = self._has_rows(unit, columns["status"], "nan")
+            origin = unit * self.layout.rows_per_shard
             while first < last:
                 end = min(first + height, (first // grid + 1) * grid, last)
                 here = slice(first - begin, end - begin)
-                row = first - unit * self.layout.rows_per_shard
+                row = first - origin
                 tiles: Iterator[tuple[int, np.ndarray]] = iter(())
-                if has_rows:  # the disk reads it while earlier bands are worked on
-                    self._shards.prefetch(unit, row, row + end - first, selection)
+                if has_rows:  # it is read while earlier bands are worked on
+                    if end > asked:
+                        until = min(max(end, (first // step + 1) * step), last)
+                        self._shards.prefetch(unit, asked - origin, until - origin, selection)
+                        asked = until
                     tiles = self._shards.tiles(unit, row, row + end - first, selection)
                 status, row_scale = columns["status"][here], columns["row_scale"][here]
                 yield Band(first, status, row_scale, has_rows, tiles)
@@ -188,15 +222,18 @@ class Rows:
         stop, band = self._checked_stop(start, stop), self.layout.chunk_rows
         height = rows_per_block or self._block_rows(row_bytes)
         fetched = released = start
+        stored_bytes = max(1, selection.width * self.layout.stored_dtype.itemsize)
+        lead = max(height, band, self._shards.bytes_ahead // stored_bytes)
         for first in range(start, stop, height):
             last = min(first + height, stop)
-            ahead = min(-(-(last + max(height, band)) // band) * band, stop)
+            ahead = min(-(-(last + lead) // band) * band, stop)
             if ahead > fetched:
+                self._open_ahead(fetched // self.layout.rows_per_shard, stop)
                 self._prefetch(fetched, ahead, selection)
                 fetched = ahead
             yield first, last
             if last // band > released // band:
-                self._release(released, last)
+                self._release(released, last, selection)
                 released = last
 
     def _checked_stop(self, start: int, stop: int | None) -> int:
@@ -260,10 +297,16 @@ class Rows:
                 begin = unit * self.layout.rows_per_shard
                 self._shards.prefetch(unit, start - begin, stop - begin, selection)
 
-    def _release(self, first: int, last: int) -> None:
+    def _open_ahead(self, unit: int, stop: int) -> None:
+        """Begin to open the shards of a scan to the sample ``stop``, from a unit on."""
+        last = -(-stop // self.layout.rows_per_shard)
+        self._shards.open_ahead(range(unit, min(unit + UNITS_AHEAD, last)))
+
+    def _release(self, first: int, last: int, selection: Selection) -> None:
         """Release the memory of these samples' rows."""
-        for unit, _, _ in self._units(first, last):
-            self._shards.release(unit)
+        for unit, start, stop in self._units(first, last):
+            begin = unit * self.layout.rows_per_shard
+            self._shards.release(unit, start - begin, stop - begin, selection)
 
     def _count_touched(self, unit: int, n_rows: int, selection: Selection) -> None:
         """Count the memory of touched pages, which stay mapped, and release it above a limit."""
@@ -275,7 +318,7 @@ class Rows:
         if sum(n_bytes for _, n_bytes in counted) > _MAX_TOUCHED_BYTES:
             self._touched_bytes.clear()
             for number, _ in counted:
-                self._shards.release(number)
+                self._shards.release(number, 0, self.layout.rows_per_shard, selection)
 
     def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
         """Return whether there is a shard to read for samples of one unit."""

@@ -5,10 +5,7 @@ opens them, they can be memory-mapped, and the caller decides how to flush and p
 (zarr-python writes Morton order, at a third of the speed.)
 """
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,20 +17,16 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from gradproj.errors import StoreError
-from gradproj.files import (
-    crc32c,
-    explain_os_errors,
-    fsync_dir,
-    fsync_tree,
-    temporary_beside,
-    write_and_replace,
-)
+from gradproj.files import crc32c
+from gradproj.storage.folders import tree_exists
+from gradproj.storage.publish import Publisher, publisher_of
 from gradproj.store.bfloat16 import BFloat16
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layer_arrays import pack_layers
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
+    GROUP_NAME,
     LayerSlice,
     StoreLayout,
     column_chunk_path,
@@ -118,15 +111,15 @@ def create_store(
     layout: StoreLayout,
     attributes: Mapping[str, Any],
     matrices: np.ndarray,
-    scratch: Path | None = None,
+    publisher: Publisher | None = None,
     extra_columns: tuple[str, ...] = (),
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Make the whole Zarr group at ``path``, without rows, and publish it by one rename.
+    """Make the whole Zarr group at ``path``, without rows, and publish it at once.
 
     ``attributes`` are JSON without NaN; readers need ``layers`` (dicts of ``LayerSlice``, placed by
     ``place_stored``) and ``domains`` (names). ``matrices`` are packed by ``pack_matrices``.
-    Unpublished files are in ``scratch``, on the same file system (default: beside ``path``).
+    ``publisher`` is the process's own (default: one with unpublished files beside ``path``).
     ``extra_columns`` are int64, with the fill value -1. ``arrays`` are further flat arrays, such as
     those of the basis, packed by ``pack_layers``.
 
@@ -134,8 +127,7 @@ def create_store(
         StoreExists: there is a store already, or another process published one meanwhile.
         StoreError: the disk is full, read-only or not the user's.
     """
-    path = Path(path)
-    if os.path.lexists(path):
+    if tree_exists(path, GROUP_NAME):
         raise StoreExists(f"{path} exists already")
     encoding = {
         "name": layout.encoding,
@@ -146,33 +138,19 @@ def create_store(
     if layout.is_packed:
         check_packed(layout, layers_of(attributes))
     json.dumps(attributes, allow_nan=False)  # other readers refuse NaN, so fail early
-    tmp_path = temporary_beside(path, scratch)
-    try:
-        with explain_os_errors(path):
-            tmp_path.mkdir()
-            flat = {"projection_matrices": matrices.astype(np.float32, copy=False)}
-            _fill_group(tmp_path, layout, attributes, flat | dict(arrays or {}), extra_columns)
-            fsync_tree(tmp_path)
-            try:
-                os.rename(tmp_path, path)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-                raise StoreExists(
-                    f"{path} exists already: another process has just made it"
-                ) from error
-            fsync_dir(path.parent)
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)  # does nothing once it was published
+    flat = {"projection_matrices": matrices.astype(np.float32, copy=False)}
+    files = _group_files(layout, attributes, flat | dict(arrays or {}), extra_columns)
+    if not (publisher or publisher_of(path)).create_tree(path, files, GROUP_NAME):
+        raise StoreExists(f"{path} exists already: another process has just made it")
 
 
-def _fill_group(
-    path: Path,
+def _group_files(
     layout: StoreLayout,
     attributes: dict[str, Any],
     flat_arrays: Mapping[str, np.ndarray],
     extra_columns: tuple[str, ...],
-) -> None:
+) -> dict[str, bytes]:
+    """Return the files of a group without rows, name -> content."""
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
     for each in sharded_layouts(layout):
@@ -202,21 +180,16 @@ def _fill_group(
         )
     for name, values in flat_arrays.items():
         _add_array(group, name, values)
-    _write_files(path, files)
+    return _contents(files)
 
 
-def _write_files(path: Path, files: Mapping[str, Any]) -> None:
-    """Write what zarr put into a store in memory to files below ``path``.
+def _contents(files: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return what zarr put into a store in memory.
 
     zarr's own store on disk needs hard links, which not all file systems have. It would also
-    recreate ``path`` after another process has moved it away to fence this one off.
+    recreate a folder after another process has moved it away to fence this one off.
     """
-    for key, content in files.items():
-        folder = path
-        for part in key.split("/")[:-1]:
-            folder /= part
-            folder.mkdir(exist_ok=True)
-        (path / key).write_bytes(content.to_bytes())
+    return {name: content.to_bytes() for name, content in files.items()}
 
 
 def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
@@ -235,31 +208,21 @@ def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
 
 
 def write_array(
-    store_path: Path, name: str, values: np.ndarray, scratch: Path | None = None
+    store_path: Path, name: str, values: np.ndarray, publisher: Publisher | None = None
 ) -> None:
     """Add or replace a small flat array in the group, such as a covariance sum.
 
-    Only one process may do so at a time. A reader sees the old array, the new one or, for an
-    instant, none. Unpublished files are in ``scratch`` (default: beside the store).
+    Only one process may do so at a time. On disk a reader sees the old array, the new one or, for
+    an instant, none; in a bucket for an instant chunks of both.
     """
-    store_path = Path(store_path)
-    tmp_path = temporary_beside(store_path.parent / name, scratch)
-    old_path = temporary_beside(store_path.parent / name, scratch)
-    final_path = store_path / name
-    try:
-        with explain_os_errors(final_path):
-            tmp_path.mkdir()
-            files: dict[str, Any] = {}
-            _add_array(zarr.create_group(MemoryStore(files)), name, values)
-            _write_files(tmp_path, files)
-            fsync_tree(tmp_path)
-            if final_path.exists():
-                os.rename(final_path, old_path)
-            os.rename(tmp_path / name, final_path)
-            fsync_dir(store_path)
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        shutil.rmtree(old_path, ignore_errors=True)
+    files: dict[str, Any] = {}
+    _add_array(zarr.create_group(MemoryStore(files)), name, values)
+    inner = {
+        key.removeprefix(f"{name}/"): content
+        for key, content in _contents(files).items()
+        if key.startswith(f"{name}/")
+    }
+    (publisher or publisher_of(store_path)).replace_tree(store_path / name, inner)
 
 
 def pack_matrices(
@@ -274,21 +237,21 @@ def write_column_block(
     layout: StoreLayout,
     block: int,
     columns: Mapping[str, np.ndarray],
-    scratch: Path | None = None,
+    publisher: Publisher | None = None,
 ) -> None:
     """Replace a block's chunk of some or all columns: rows ``layout.column_block_range(block)``.
 
-    Each file is written aside, flushed and renamed. ``status`` is written last, since a row counts
-    as merged once its status is not 0.
+    Each file is replaced as a whole. ``status`` is written last, since a row counts as merged once
+    its status is not 0.
 
-    ``columns`` holds the values of every row of the block, in the column's type. Unpublished files
-    are in ``scratch`` (default: beside the chunk).
+    ``columns`` holds the values of every row of the block, in the column's type.
 
     Raises:
         ValueError: an unknown column, or values of another shape or type.
     """
     start, stop = layout.column_block_range(block)
     unknown = set(columns) - set(COLUMNS)
+    publisher = publisher or publisher_of(store_path)
     if unknown:
         raise ValueError(f"no such columns: {sorted(unknown)}")
     for name in (name for name in COLUMNS if name in columns):
@@ -303,18 +266,46 @@ def write_column_block(
         # Zarr keeps the last chunk at full size.
         chunk = np.full(column_shape(name, layout.column_rows, layout.key_bytes), fill, dtype)
         chunk[: stop - start] = values
-        path = column_chunk_path(Path(store_path), name, block)
-        write_and_replace(path, [chunk.view(np.uint8).reshape(-1).data], scratch)
+        path = column_chunk_path(store_path, name, block)
+        publisher.replace(path, [chunk.view(np.uint8).reshape(-1).data])
 
 
 def update_attributes(
-    store_path: Path, changes: Mapping[str, Any], scratch: Path | None = None
+    store_path: Path,
+    changes: Mapping[str, Any],
+    publisher: Publisher | None = None,
+    ends_merge: bool = False,
 ) -> None:
     """Set attributes of the group and keep the others; the file is replaced atomically.
 
-    Only one process may do so at a time. Values are JSON without NaN (ValueError).
+    Only one process may do so at a time. Values are JSON without NaN (ValueError). ``ends_merge``:
+    the mark of ``mark_merger`` goes.
     """
-    path = Path(store_path) / "zarr.json"
-    metadata = json.loads(path.read_text())
-    metadata["attributes"] = metadata.get("attributes", {}) | dict(changes)
-    write_and_replace(path, [json.dumps(metadata, indent=2, allow_nan=False).encode()], scratch)
+
+    def changed(content: bytes) -> bytes:
+        metadata = json.loads(content)
+        metadata["attributes"] = metadata.get("attributes", {}) | dict(changes)
+        if ends_merge:
+            metadata["attributes"] = without_merger(metadata["attributes"])
+        return json.dumps(metadata, indent=2, allow_nan=False).encode()
+
+    (publisher or publisher_of(store_path)).update(store_path / GROUP_NAME, changed)
+
+
+_MERGER = "merger"
+
+
+def mark_merger(store_path: Path, name: str, publisher: Publisher) -> None:
+    """Take the group's attributes over from an earlier merger, in a bucket."""
+
+    def marked(content: bytes) -> bytes:
+        metadata = json.loads(content)
+        metadata["attributes"] = {**metadata.get("attributes", {}), _MERGER: name}
+        return json.dumps(metadata, indent=2, allow_nan=False).encode()
+
+    publisher.take(store_path / GROUP_NAME, marked)
+
+
+def without_merger(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes without the mark of a merge that runs, or ended before its time."""
+    return {name: value for name, value in attributes.items() if name != _MERGER}

@@ -6,7 +6,6 @@ in ``OUTPUT/text``.
 
 import io
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.files import explain_os_errors, file_sum, load_array, try_lock, write_and_replace
+from gradproj.files import explain_os_errors
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.storage.contents import locked, map_array, sum_of
+from gradproj.storage.folders import delete_tree
+from gradproj.storage.publish import replace
+from gradproj.storage.results import load_array
 from gradproj.store import ProjectionStore
 from gradproj.text.frequencies import FrequencySketch, n_counters
 from gradproj.text.ngrams import thread_pool
@@ -27,7 +30,6 @@ from gradproj.text.token_files import TokenFiles, make_token_files
 MAX_SKETCH_BYTES = 2**31
 FACTS_NAME, SKETCH_NAME = "text.json", "document_frequencies.npy"
 SAVE_EVERY_S = 600.0
-_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ def open_text_index(store: ProjectionStore, check_sum: bool = False) -> TextInde
         facts = TextFacts(**json.loads(path.read_text()))
         if sketch.stat().st_size != facts.sketch["bytes"]:
             raise ValueError(f"{SKETCH_NAME} has another size")
-        if check_sum and file_sum(sketch) != facts.sketch:
+        if check_sum and sum_of(sketch) != facts.sketch:
             raise ValueError(f"the checksum of {SKETCH_NAME} does not match")
-        table = np.load(sketch, mmap_mode="r", allow_pickle=False)
+        table = map_array(sketch)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StoreError(
             f"{files.folder} is damaged ({error}). Delete {path.name} there, and `python -m "
@@ -121,22 +123,16 @@ def make_text_index(
             _delete_unfinished(files.folder)
     for other in files.folder.parent.iterdir():  # of earlier stores in this output directory
         if other != files.folder and other.is_dir():
-            shutil.rmtree(other, ignore_errors=True)
+            delete_tree(other)
     return open_text_index(store, check_sum=True)
 
 
 @contextmanager
 def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[bool]:
     """Lock the folder, waiting for its holder; False if the file system has no locks."""
-    with explain_os_errors(folder):
-        file = (folder / "lock").open("w")
-    with file:
-        if (locked := try_lock(file)) is False:
-            note(f"waiting for another process that counts n-grams in {folder}")
-        while locked is False:
-            time.sleep(_LOOK_AGAIN_S)
-            locked = try_lock(file)
-        yield locked is True
+    waiting = f"waiting for another process that counts n-grams in {folder}"
+    with locked(folder, lambda: note(waiting)) as is_locked:
+        yield is_locked is True
 
 
 def _delete_unfinished(folder: Path) -> None:
@@ -161,9 +157,9 @@ def _make_sketch(files: TokenFiles, max_bytes: int) -> None:
                 saved_at = time.monotonic()
     path = files.folder / SKETCH_NAME
     _save_table(table, path)
-    facts = TextFacts(n_documents, n_tokens, file_sum(path))
+    facts = TextFacts(n_documents, n_tokens, sum_of(path))
     with explain_os_errors(files.folder):
-        write_and_replace(files.folder / FACTS_NAME, [json.dumps(asdict(facts)).encode()])
+        replace(files.folder / FACTS_NAME, [json.dumps(asdict(facts)).encode()])
 
 
 def _saved_table(files: TokenFiles, n_counters: int) -> tuple[np.ndarray, int]:
@@ -179,7 +175,7 @@ def _save_table(table: np.ndarray, path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(table))
     with explain_os_errors(path):
-        write_and_replace(path, [header.getvalue(), table.data])
+        replace(path, [header.getvalue(), table.data])
     for older in path.parent.glob("counted-*.npy"):
         if older != path:
             older.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Rankings of a store's documents by a gradient score and text together."""
 
 import functools
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from gradproj.analysis.score_blocks import Blocks, on_host
 from gradproj.analysis.score_stream import Part, ScoreStream
 from gradproj.analysis.score_types import SCORES
 from gradproj.files import explain_os_errors
+from gradproj.storage.contents import scratch_folder
 from gradproj.text.scores import QueryText, TextScan
 from gradproj.text.z_scores import sums_of_z_scores
 
@@ -62,8 +62,7 @@ class HybridRanker:
     ) -> ScoreStream:
         """Return all documents' scores for query rows ``(Q, D)`` and the same queries' tokens."""
         gradients = self.gradients.stream(rows, damping)
-        folder = self.text.index.files.folder
-        place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+        place = scratch_folder(self.text.index.files.folder)
         spans = self.gradients.parts(rows)
 
         def blocks(part: Part, span: slice) -> Blocks:

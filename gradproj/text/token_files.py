@@ -14,12 +14,15 @@ import numpy as np
 
 from gradproj.coordinator.merge import wanted_units
 from gradproj.errors import StoreError
-from gradproj.files import explain_os_errors, save_arrays
+from gradproj.files import explain_os_errors
 from gradproj.formatting import shown
 from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.unit_reader import PreparedUnit, UnitReader, UnitSettings
 from gradproj.model.sequences import TokenSequence, join_windows
+from gradproj.storage.contents import open_whole
+from gradproj.storage.object_path import names_in
+from gradproj.storage.results import save_arrays
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import TEXT_DIR
 from gradproj.text.ngrams import Documents
@@ -62,7 +65,7 @@ class TokenFiles:
 
     def missing(self) -> list[int]:
         """Return the units without a file."""
-        present = {path.name for path in self.folder.glob("*.npz")}
+        present = set(names_in(self.folder))
         return [unit for unit in self.units.tolist() if self.path(unit).name not in present]
 
     def read(self, unit: int) -> Documents:
@@ -98,7 +101,7 @@ class TokenFiles:
         """Return arrays of a unit's file, with ``lengths`` among them."""
         path = self.path(unit)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_whole(path) as whole, np.load(whole, allow_pickle=False) as file:
                 found = {name: file[name] for name in names}
             first, last = self.layout.unit_range(unit)
             n_tokens = int(found["lengths"].sum(dtype=np.int64))

@@ -21,13 +21,14 @@ from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import Process, World, choose_device, process_group
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ModelError
-from gradproj.files import explain_os_errors, make_folder
+from gradproj.files import explain_os_errors
 from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.model.loading import load_model, model_quantization, positions_of
 from gradproj.model.tokenizer_loading import larger_tokenizer, load_tokenizer
+from gradproj.storage.results import make_folder
 from gradproj.training.checkpoints import (
     Checkpoints,
     lock_result_dir,

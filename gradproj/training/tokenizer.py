@@ -12,9 +12,10 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError
-from gradproj.files import explain_os_errors, make_folder
+from gradproj.files import explain_os_errors
 from gradproj.flags import Flags, as_in, flag
 from gradproj.formatting import shown
+from gradproj.storage.results import make_folder
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -30,8 +30,13 @@ from typing import Any
 import numpy as np
 from measure import print_machine
 
-from gradproj.coordinator import units as units_module
-from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, RankProgress, read_heartbeats
+from gradproj.coordinator.heartbeats import (
+    INTERVAL_S,
+    WAIT_S,
+    Heartbeat,
+    RankProgress,
+    read_heartbeats,
+)
 from gradproj.coordinator.merge import merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
@@ -100,7 +105,7 @@ def measure(
         repeat(cost, lambda: take_snapshot(*display, read_heartbeats(heartbeat.folder)), 5)
         show("rank 0's look at all others", cost, 5, job_s / LINE_EVERY_S, job_s, shares)
         repeat(cost, simulation.wait_once, 5)
-        looks = UNIT_S / units_module.WAIT_S[1]
+        looks = UNIT_S / WAIT_S[1]
         show("a look for units that come back, at the end", cost, 5, looks, job_s, shares)
     seconds = [merge_seconds(n, parent) for n in merged]
     per_unit = (seconds[1] - seconds[0]) / (merged[1] - merged[0])

@@ -132,7 +132,7 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
 
 
 def measure(
-    part: str, cores: int, tars: Path, model: Path, output: Path, n_documents: int
+    part: str, cores: int, tars: Path | str, model: Path, output: Path, n_documents: int
 ) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [

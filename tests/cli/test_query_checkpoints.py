@@ -169,3 +169,21 @@ def test_stores_that_do_not_belong_together_are_refused_by_name(runs, job, tmp_p
     update_attributes(tmp_path / "other" / "projections.zarr", {"identity": {}})
     message = ask.mistake(first, tmp_path / "other", *words)
     assert "does not record which documents its ids are" in message
+
+
+def test_tokens_are_the_weighted_sum_of_those_at_each_checkpoint(runs, ask):
+    words = ["--queries", runs.queries, "--tokens", "--top_k", 3, "--bottom_k", 2]
+    both = [runs.outputs[1], *words, "--learning_rates", ",".join(map(str, RATES))]
+    whole = [*words[:-4], "--top_k", 68, "--bottom_k", 0]
+    each = [
+        {(hit["query"], hit["id"]): hit for hit in ask.objects(output, *whole)}
+        for output in runs.outputs
+    ]
+    for hit in ask.objects(runs.outputs[0], *both):
+        pair = [of[hit["query"], hit["id"]] for of in each]
+        for name in ("tokens", "query_tokens"):
+            parts = [[token["part"] for token in one[name]] for one in (*pair, hit)]
+            want = RATES[0] * np.array(parts[0]) + RATES[1] * np.array(parts[1])
+            np.testing.assert_allclose(parts[2], want, rtol=1e-4, atol=1e-5 * abs(want).max())
+            assert sum(parts[2]) == pytest.approx(hit["recomputed_score"], rel=1e-5)
+        assert sum(hit["layers"].values()) == pytest.approx(hit["recomputed_score"], rel=1e-5)

@@ -32,7 +32,7 @@ class Record(AnswerWatch):
     def asked(self, subjects, damping):
         self.subjects, self.damping = subjects, damping
 
-    def advanced(self, n_done, n_total):
+    def advanced(self, n_done, n_total, what):
         self.steps.append((n_done, n_total))
         if self.n_steps is not None and len(self.steps) >= self.n_steps:
             raise Stop
@@ -100,7 +100,7 @@ def test_watches_are_of_a_block_of_code_alone(job):
     with watching(watch), watching(None):
         answer(config(job.output, score="dot"), Session(str(job.output)))
     assert not watch.steps
-    assert ScanWatch().advanced(1, 2) is None
+    assert ScanWatch().advanced(1, 2, "documents") is None
 
 
 def test_queries_beside_the_flags_are_those_that_are_asked(job):

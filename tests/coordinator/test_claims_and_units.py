@@ -13,9 +13,8 @@ import pytest
 from helpers.faults import dead_owner, fill, inconsistent_units, make_store
 
 from gradproj.coordinator import heartbeats as heartbeats_module
-from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.fencing import make_scratch
+from gradproj.coordinator.file_commits import FileCommits
 from gradproj.coordinator.merge import ranges_of, wanted_units
 from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
@@ -36,11 +35,11 @@ def gone_process():
 
 
 def board(tmp_path, owner, beats=None):
-    scratch = tmp_path / "tmp" / owner.name
-    make_scratch(scratch, owner)
+    commits = FileCommits(tmp_path, owner)
+    commits.begin()
     (tmp_path / "claims").mkdir(exist_ok=True)
     beats = {} if beats is None else beats
-    return ClaimBoard(tmp_path / "claims", scratch, owner, lambda other: beats.get(other.name))
+    return ClaimBoard(tmp_path / "claims", commits, lambda other: beats.get(other.name))
 
 
 def test_only_one_of_two_claimants_gets_the_unit(tmp_path):
@@ -240,7 +239,7 @@ def test_commit_leaves_matching_shard_and_record_and_no_claim(tmp_path):
     record = read_record(tmp_path / record_name(unit))
     assert record.shard == file_sum(tmp_path / LAYOUT.shard_name(unit))
     assert not q.claims.current()
-    assert [p.name for p in q.scratch.iterdir()] == ["owner.json"]
+    assert [p.name for p in q.commits.scratch.iterdir()] == ["owner.json"]
 
 
 def test_owner_whose_claim_was_taken_over_cannot_publish(tmp_path, gone_process):
@@ -281,7 +280,7 @@ def test_stopping_process_takes_no_more_units_and_releases_its_claims(tmp_path):
     stop.append(True)
     assert list(units) == []
     q.release()
-    assert not q.scratch.exists()
+    assert not q.commits.scratch.exists()
     other = queue(tmp_path, owner_like_me(rank=1), wanted=[unit])
     assert next(other.take()) == unit
 
@@ -307,7 +306,7 @@ def test_unit_of_a_silent_owner_is_waited_for_and_then_computed(tmp_path, monkey
 
 
 def test_stop_request_ends_a_pause(tmp_path, monkeypatch):
-    monkeypatch.setattr(units_module, "WAIT_S", (60.0, 60.0))
+    monkeypatch.setattr(heartbeats_module, "WAIT_S", (60.0, 60.0))
     assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
     started = time.monotonic()
     stopping = lambda: time.monotonic() - started > 0.5  # noqa: E731

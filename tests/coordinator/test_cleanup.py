@@ -14,6 +14,7 @@ from gradproj.coordinator import unmerge
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.fencing import OWNER_FILE, make_scratch
+from gradproj.coordinator.file_commits import FileCommits
 from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish, is_merged
 from gradproj.coordinator.process_id import Owner
@@ -187,6 +188,6 @@ def test_unmerge_writes_nothing_when_no_record_is_missing(tmp_path):
     assert fill(tmp_path, layout, here())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     unmerge_missing_units(
-        tmp_path, ClaimBoard(tmp_path / "claims", tmp_path / "tmp" / "none", here(), lambda o: 0)
+        tmp_path, ClaimBoard(tmp_path / "claims", FileCommits(tmp_path, here()), lambda o: 0)
     )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

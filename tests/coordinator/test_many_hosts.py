@@ -99,7 +99,7 @@ def test_fenced_owner_continues_with_its_other_units(tmp_path):
     lost, kept = next(units), next(units)
     new = UnitQueue(tmp_path, layout, IDENTITY, [lost], fake_owner(1))
     assert next(new.take()) == lost
-    assert not old.scratch.exists()
+    assert not old.commits.scratch.exists()
     assert not old.commit(fake_rows(layout, lost))
     assert old.commit(fake_rows(layout, kept))
     assert new.commit(fake_rows(layout, lost, writer=1))
@@ -116,10 +116,10 @@ def test_owner_before_a_dead_successor_is_fenced_too(tmp_path, monkeypatch):
             ClaimBoard, "_fence_older", lambda *claim: None
         )  # it dies between claim and fence
         assert next(second.take()) == 0
-    assert first.scratch.exists()
+    assert first.commits.scratch.exists()
     third = UnitQueue(out, layout, IDENTITY, [0], dataclasses.replace(fake_owner(2)))
     assert next(third.take()) == 0
-    assert not first.scratch.exists()
+    assert not first.commits.scratch.exists()
 
 
 @pytest.mark.usefixtures("no_stale_wait")
@@ -128,11 +128,11 @@ def test_owner_that_released_a_unit_is_not_fenced(tmp_path):
     first.claims.release("00000000")
     second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
     assert next(second.take()) == 0
-    assert first.scratch.exists()
+    assert first.commits.scratch.exists()
     third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
     assert next(third.take()) == 0
-    assert first.scratch.exists()
-    assert not second.scratch.exists()
+    assert first.commits.scratch.exists()
+    assert not second.commits.scratch.exists()
 
 
 @pytest.mark.usefixtures("no_stale_wait")
@@ -146,7 +146,7 @@ def test_claimant_that_failed_to_fence_does_not_release_the_unit(tmp_path, monke
     second.release()
     third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
     assert next(third.take()) == 0
-    assert not first.scratch.exists()
+    assert not first.commits.scratch.exists()
 
 
 def refuse_by(code):
@@ -228,7 +228,7 @@ def here(monkeypatch):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     for name, seconds in (("STALE_AFTER_S", 0.15), ("CONFIRM_AFTER_S", 0.05), ("ALIVE_FOR_S", 0.1)):
         monkeypatch.setattr(heartbeats_module, name, seconds)
-    monkeypatch.setattr(units_module, "WAIT_S", (0.02, 0.1))
+    monkeypatch.setattr(heartbeats_module, "WAIT_S", (0.02, 0.1))
     return here
 
 

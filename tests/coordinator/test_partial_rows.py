@@ -4,13 +4,14 @@ import numpy as np
 from helpers.faults import fake_owner
 from helpers.faults import partial_rows as part
 
+from gradproj.coordinator.file_commits import FileCommits
 from gradproj.coordinator.partial_rows import PartialLog
 
 
 def partial_log(tmp_path, key="key"):
     (tmp_path / "partial").mkdir(exist_ok=True)
-    folder, scratch = tmp_path / "partial" / "00000001", tmp_path / "tmp" / "rank"
-    return PartialLog(folder, scratch, key, fake_owner(0))
+    folder = tmp_path / "partial" / "00000001"
+    return PartialLog(folder, FileCommits(tmp_path, fake_owner(0)), key)
 
 
 def test_partial_rows_are_read_back_exactly_and_in_order(tmp_path):

@@ -10,9 +10,8 @@ import pytest
 from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, make_store, partial_rows
 from helpers.outputs import tree_of
 
-from gradproj.coordinator.merge import read_unit
 from gradproj.coordinator.store_guard import StoreReplaced
-from gradproj.coordinator.units import UnitQueue
+from gradproj.coordinator.units import UnitQueue, read_unit
 from gradproj.errors import StoreError
 from gradproj.store.layout import FOLDERS
 from gradproj.store.metadata import WhichStore
@@ -116,7 +115,7 @@ def test_attributes_replaced_while_being_read_are_read_again(
     tmp_path, monkeypatch, times, code, read
 ):
     make_store(tmp_path)
-    which, load, left = WhichStore(tmp_path / "projections.zarr"), json.load, [times]
+    which, load, left = WhichStore(tmp_path / "projections.zarr"), json.loads, [times]
 
     def stale(file):
         left[0] -= 1
@@ -124,7 +123,7 @@ def test_attributes_replaced_while_being_read_are_read_again(
             raise OSError(code, os.strerror(code))
         return load(file)
 
-    monkeypatch.setattr(json, "load", stale)
+    monkeypatch.setattr(json, "loads", stale)
     if read:
         assert which()[0] == IDENTITY
     else:

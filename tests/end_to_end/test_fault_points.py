@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch.distributed as torch_dist
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import SMALL_JOB, assert_same_bits, flags, run_job
+from helpers.jobs import SMALL_JOB, assert_same_bits, run_job
+from helpers.launches import Launch
 
 from gradproj.coordinator.fault_points import STEPS
 from gradproj.store import ProjectionStore
@@ -43,62 +43,10 @@ def ranks(tmp_path_factory):
         yield ranks
 
 
-class Launch:
-    """A job on one output, with any number of ranks."""
-
-    def __init__(self, ranks, output, small_corpus, model_dir):
-        self.ranks, self.output = ranks, output
-        self.argv = [
-            "gradproj.run",
-            *flags(shards=small_corpus, model=model_dir, output_dir=output, **SETTINGS),
-        ]
-
-    def start(self, world_size, **how):
-        """Start ranks like torchrun: with its variables and a rendezvous store."""
-        self._meeting = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = {
-            "WORLD_SIZE": world_size,
-            "LOCAL_WORLD_SIZE": world_size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self._meeting.port,
-            "TORCHELASTIC_USE_AGENT_STORE": True,
-            "TORCHELASTIC_RESTART_COUNT": 0,
-        }
-        for rank in range(world_size):
-            variables = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-            environment = {name: str(value) for name, value in variables.items()}
-            self.ranks.start(self.argv, rank, environment=environment, **how)
-
-    def die_at(self, step, world_size=2, **how):
-        """Start the job, and kill all ranks (-9) as soon as one has reached a step."""
-        self.start(world_size, kill_at=step, **how)
-        self.killed_at(step)
-
-    def killed_at(self, step):
-        ended = self.ranks.wait_for_one()
-        # Another rank may have exited before, without work left or after the first one died.
-        while ended.status != -9 and self.ranks.running():
-            ended = self.ranks.wait_for_one()
-        assert (ended.status, ended.steps[-1:]) == (-9, [step]), (
-            f"no rank reached {step!r}\n{ended.output}"
-        )
-        self.ranks.kill_all()
-
-    def finish(self, world_size):
-        self.start(world_size)
-        ended = self.ranks.wait_for_all()
-        assert [rank.status for rank in ended] == [0] * world_size, "\n".join(
-            rank.output for rank in ended
-        )
-
-    def die_merging_at(self, step):
-        self.ranks.start(["gradproj.__main__", "merge", str(self.output)], kill_at=step)
-        self.killed_at(step)
-
-
 @pytest.fixture
 def launch(ranks, tmp_path, small_corpus, model_dir):
-    return Launch(ranks, tmp_path / "out", small_corpus, model_dir)
+    settings = SETTINGS | {"shards": small_corpus, "model": model_dir}
+    return Launch(ranks, tmp_path / "out", **settings)
 
 
 def assert_like_undisturbed(output, undisturbed, ranks):

@@ -135,6 +135,10 @@ class Ranks:
         """Return the number of ranks that have not been waited for."""
         return len(self._running)
 
+    def pids(self) -> list[int]:
+        """Return the processes that have not been waited for; some may have exited."""
+        return list(self._running)
+
     def wait_for_one(self) -> FinishedProcess:
         """Wait for the next rank to exit."""
         timer = threading.Timer(

@@ -201,9 +201,10 @@ class Job:
         ranks: int,
         restarts: int = 0,
         environment: Mapping[str, str] | None = None,
+        logs: Path | None = None,
     ) -> None:
         self.output, self.ranks, self.mark = output, ranks, f"{output}:{uuid.uuid4().hex}"
-        self.log = output.parent / f"log-{output.name}-{self.mark[-8:]}.txt"
+        self.log = (logs or output.parent) / f"log-{output.name}-{self.mark[-8:]}.txt"
         launcher = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
         launcher += ["--shutdown-timeout=60", "--signals-to-handle", HANDLED, "-m", "gradproj.run"]
         command = [

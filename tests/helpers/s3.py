@@ -26,6 +26,7 @@ class S3Server:
 
     url: str
     environment: dict[str, str]
+    is_shared: bool = False
 
     @cached_property
     def client(self) -> Any:
@@ -40,10 +41,14 @@ class S3Server:
         )
 
     def new_bucket(self) -> Address:
-        """Make an empty bucket."""
-        name = f"test-{os.getpid()}-{next(_numbers)}"
-        self.client.create_bucket(Bucket=name)
-        return Address("s3", name)
+        """Make an empty bucket; of a server that is not ours an unused folder of one bucket."""
+        name, number = f"test-{os.getpid()}", next(_numbers)
+        if not self.is_shared:
+            self.client.create_bucket(Bucket=f"{name}-{number}")
+            return Address("s3", f"{name}-{number}")
+        if not number:  # some servers reserve space for each bucket
+            self.client.create_bucket(Bucket=name)
+        return Address("s3", name, f"folder-{number}")
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def s3_server() -> Iterator[S3Server]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     try:
-        yield S3Server(url, environment)
+        yield S3Server(url, environment, stop is None)
     finally:
         if stop is not None:
             stop()

@@ -150,6 +150,22 @@ def filled(path: Path, **settings) -> Output:
     return Output(path, **settings).fill()
 
 
+MISSING = [*range(32, 48), *range(64, 70)]
+"""Samples without a row in ``make_unfinished``."""
+
+
+def make_unfinished(path: Path) -> Output:
+    """Return units 0 and 3 merged, 1 recorded only, 2 nothing, 4 a shard without a record."""
+    output = Output(path)
+    output.commit(0)
+    output.commit(3)
+    output.merge([0, 3])
+    output.commit(1)
+    output.commit(4)
+    (path / record_name(4)).unlink()
+    return output
+
+
 def stored_part(output: Output, layers: list[LayerSlice]) -> np.ndarray:
     """Return the stored elements of some layers; those of packed rows begin with the header."""
     parts = [output.stored[:, x.stored_start : x.stored_end] for x in layers]

@@ -9,6 +9,7 @@ import numpy as np
 from helpers.faults import fake_owner
 from torch import nn
 
+from gradproj.coordinator.file_commits import FileCommits
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine.batching import BatchConfig, plan_batches
@@ -78,7 +79,7 @@ def project_unit(
     encoder = RowEncoder(layout, layers)
     made = model, engine, settings, encoder, RankProgress()
     projector = UnitProjector(*made, head=head, hidden=hidden)
-    nothing_saved = PartialLog(folder / "partial", folder, "key", fake_owner(0))
+    nothing_saved = PartialLog(folder / "partial", FileCommits(folder, fake_owner(0)), "key")
     projected = projector.project(unit, nothing_saved)
     assert projected is not None
     return projected

@@ -24,6 +24,7 @@ from gradproj.job.batch_size import (
 )
 from gradproj.job.config import run_config
 from gradproj.job.plan import BATCH_FILE
+from gradproj.storage.publish import FilePublisher
 
 SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "rows_per_shard": 16}
 
@@ -122,7 +123,8 @@ def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
     job = SimpleNamespace(
         plan=plan, owner=SimpleNamespace(rank=rank), n_neighbours=1, lockstep=None
     )
-    return job, SimpleNamespace(pending=lambda: pending, scratch=tmp_path / "scratch")
+    commits = SimpleNamespace(publisher=FilePublisher(tmp_path / "scratch"))
+    return job, SimpleNamespace(pending=lambda: pending, commits=commits)
 
 
 def settle(monkeypatch, job, queue, measured, stopping=lambda: False):

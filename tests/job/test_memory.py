@@ -4,8 +4,11 @@ import math
 from itertools import accumulate
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from helpers.corpora import make_corpus
+from helpers.jobs import flags
 from helpers.models import make_model
 
 from gradproj.engine.batching import BatchConfig
@@ -13,27 +16,45 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.targets import Targets
+from gradproj.job.config import run_config
 from gradproj.job.memory import batch_bytes
+from gradproj.job.plan import make_plan
+from gradproj.job.summary import model_bytes
+from gradproj.job.unit_reader import UnitReader
+from gradproj.job.unit_sums import BatchResult, UnitSums
 from gradproj.job.weights import gpu_weight_bytes, host_weight_bytes
 from gradproj.model.block_shards import blocks_of
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model, model_skeleton
+from gradproj.model.tokenizer_loading import load_tokenizer
+from gradproj.store.row_encoder import RowEncoder
 
 N, LENGTH = 12, 60
 
 
 def allocated(model, projection, checkpointing):
     """Return the allocator's peak during a batch."""
-    ids = torch.arange(N * LENGTH).view(N, LENGTH).remainder(50)
-    targets = Targets.from_labels(ids)
-    engine = GradProjLoraEngine.from_config(model, projection, None, checkpointing)
-    with torch.profiler.profile(profile_memory=True) as profile, engine:
+
+    def run_batch():
         losses = per_sample_loss(model, {"input_ids": ids, "targets": targets}, causal=False)
         losses.sum().backward()
         engine.collect_batch()
+
+    ids = torch.arange(N * LENGTH).view(N, LENGTH).remainder(50)
+    targets = Targets.from_labels(ids)
+    engine = GradProjLoraEngine.from_config(model, projection, None, checkpointing)
+    with engine:
+        return max(allocations(run_batch))
+
+
+def allocations(run):
+    """Return the bytes that torch's allocator has given out after each of its events in a call."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kept = run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    del kept
+    return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 FAMILIES = {
@@ -79,3 +100,43 @@ def test_memory_of_weights_in_blocks_is_where_they_are(tmp_path, init, offload):
     assert on_cpu == (whole + share if init else rest + share + buffers)  # random: made whole
     kept = pinned if offload else 0
     assert on_gpu == (whole if init else rest) + kept
+
+
+def plan_of(tmp_path, family, **settings):
+    corpus = make_corpus(tmp_path / "tars", [{"input_ids": [5] * 60}] * 32)
+    settings |= {"shards": corpus, "model": make_model(tmp_path / "model", family)}
+    given = flags(**settings, output_dir=tmp_path / "out", basis="random", rows_per_shard=32)
+    return make_plan(run_config(given, "test"), progress=False)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mixtral", "mamba"])
+def test_counted_bytes_of_weights_are_those_of_a_loaded_model(family, tmp_path):
+    plan = plan_of(tmp_path, family)
+    model = load_model(plan.files, torch.device("cpu"))
+    weights = [*model.parameters(), *model.buffers()]
+    held = {weight.data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+    assert model_bytes(plan) == pytest.approx(sum(held.values()), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"encoding": "signs"}, {"encoding": "dense"}, {"long_documents": "windows"}],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_counted_bytes_of_a_units_rows_are_those_that_its_sums_allocate(settings, tmp_path):
+    plan = plan_of(tmp_path, "llama", max_length=24, **settings)
+    reader = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
+    prepared, encoder = reader.read(0), RowEncoder(plan.layout, plan.layers)
+    _, firsts = np.unique(prepared.row_of, return_index=True)  # of windows two are left
+    batch = BatchResult(torch.rand(len(firsts), plan.layout.dim), torch.rand(len(firsts)))
+
+    def first_sequences():
+        sums = UnitSums(prepared, engine, encoder, "sum", torch.device("cpu"))
+        sums.add(firsts, batch)
+        return sums
+
+    model = load_model(plan.files, torch.device("cpu"))
+    with GradProjLoraEngine(model, proj_rank_total=plan.config.projection.rank_total) as engine:
+        held = allocations(first_sequences)[-1]
+    # Stored rows are there three times (the unit before, a copy), the open sums once.
+    assert held + 2 * 32 * plan.row_bytes == pytest.approx(plan.unit_bytes(), rel=0.15)

@@ -8,6 +8,7 @@ from helpers.faults import fake_owner
 from helpers.jobs import flags
 from helpers.models import make_model
 
+from gradproj.coordinator.file_commits import FileCommits
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine import run_batch
@@ -62,7 +63,7 @@ def project(parts, tmp_path, head=None):
     with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
         encoder = RowEncoder(plan.layout, plan.layers)
         unit = UnitProjector(model, engine, plan.unit_settings, encoder, RankProgress(), head=head)
-        partial = PartialLog(tmp_path / "partial", tmp_path, "key", fake_owner(0))
+        partial = PartialLog(tmp_path / "partial", FileCommits(tmp_path, fake_owner(0)), "key")
         return unit.project(reader.read(0), partial).on_host()
 
 

@@ -119,6 +119,20 @@ def test_rows_agree_for_all_settings(settings, job, tmp_path):
     assert result.max_error < 0.5 * result.tolerance
 
 
+def test_rows_agree_where_a_router_has_directions_without_gradients(job, tmp_path):
+    make_model(tmp_path / "model", "mixtral")
+    settings = {**SETTINGS, "encoding": "signs", "basis": "eigen"}
+    run_job(1, shards=job.corpus, model=tmp_path / "model", output_dir=tmp_path / "out", **settings)
+    with ProjectionStore(tmp_path / "out") as store:
+        name = next(x.name for x in store.layers if x.name.endswith("mlp.gate"))
+        _, eigenvalues = store.basis_eigenvalues[name]
+        assert eigenvalues[0] < 1e-9 * eigenvalues[-1]
+    result = again(tmp_path / "out")
+    assert result.n_rows > 20
+    assert result.wrong == []
+    assert result.max_error < 0.5 * result.tolerance
+
+
 @pytest.mark.parametrize("by", [1.01, 0.99, -1.0])
 def test_changed_row_under_right_checksums_is_named(by, output, capsys):
     def change(rows):

@@ -25,6 +25,7 @@ from helpers.outputs import (
 )
 
 from gradproj.cli.status import status_lines
+from gradproj.coordinator.file_commits import FileCommits
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.errors import StoreError
@@ -175,8 +176,8 @@ def test_running_merge_names_its_process(output, process):
 
 def test_partial_rows_are_listed_with_their_folder(output):
     uncommit(output, 1)
-    scratch = output / "tmp" / "rank"
-    log = PartialLog(output / "partial" / "00000001", scratch, "key", fake_owner(0))
+    commits = FileCommits(output, fake_owner(0))
+    log = PartialLog(output / "partial" / "00000001", commits, "key")
     log.append(0, 3, partial_rows())
     log.append(3, 7, partial_rows())
     (partial,) = read_status(output).partial

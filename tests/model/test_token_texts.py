@@ -88,16 +88,16 @@ def test_pieces_one_after_the_other_are_the_text(kind, special, tmp_path):
         (sequence,) = made.sequences
         assert (sequence.ids == plain.sequences[0].ids).all()
         assert (sequence.places == np.arange(len(sequence))).all()
-        assert len(texts.tokens) == len(sequence)
+        assert len(texts) == len(sequence)
         end = 0
-        for token, token_id in zip(texts.tokens, sequence.ids.tolist(), strict=True):
+        for token, token_id in zip(texts, sequence.ids.tolist(), strict=True):
             assert token.start == end
             assert token.piece == text[token.start : token.end]
             assert token.name == tokenizer.convert_ids_to_tokens(token_id)
             end = token.end
         assert not text[end:].strip(" \n\t\r\x00\u200d\u202e")
         if special == "bos_eos":
-            assert [texts.tokens[n].piece for n in (0, -1)] == ["", ""]
+            assert [texts[n].piece for n in (0, -1)] == ["", ""]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +105,7 @@ def test_words_that_are_one_token_have_their_own_characters(kind, tmp_path):
     tokenizer = kind(tmp_path)
     text = words(12, 4)
     _, texts = tokenizer_of(tokenizer).with_texts(Text(text), 1.0)
-    for token in texts.tokens:
+    for token in texts:
         name = token.name.strip("Ġ▁").removeprefix("##")
         assert token.piece.strip() in (name, "")
 
@@ -124,14 +124,14 @@ def test_windows_and_cuts_keep_the_places_of_their_tokens(tmp_path):
         for sequence, want in zip(made.sequences, places, strict=False):
             assert sequence.places.tolist() == list(want)
             names = tokenizer.convert_ids_to_tokens(sequence.ids.tolist())
-            assert [texts.tokens[place].name for place in sequence.places] == names
+            assert [texts[place].name for place in sequence.places] == names
 
 
 def test_long_text_is_tokenized_no_further_than_its_row_goes(tmp_path):
     text = words(30, 5) + " the of" * 10_000
     made, texts = tokenizer_of(make_tokenizer(tmp_path), max_length=8).with_texts(Text(text), 1.0)
-    assert len(texts.tokens) == 8
-    assert "".join(token.piece for token in texts.tokens) == text[: texts.tokens[-1].end]
+    assert len(texts) == 8
+    assert "".join(token.piece for token in texts) == text[: texts[-1].end]
     assert len(made.sequences[0]) == 8
 
 
@@ -139,20 +139,20 @@ def test_answers_of_a_preference_are_texts_of_their_own(tmp_path):
     pair = Preference(Completion("the of ", "and"), Completion("the of ", "to in"))
     made, texts = tokenizer_of(make_tokenizer(tmp_path)).with_texts(pair, 1.0)
     for name, text in (("chosen", "the of and"), ("rejected", "the of to in")):
-        pieces = [token for token in texts.tokens if token.answer == name]
+        pieces = [token for token in texts if token.answer == name]
         assert "".join(token.piece for token in pieces) == text
         assert pieces[0].start == 0
     places = np.concatenate([sequence.places for sequence in made.sequences])
-    assert places.tolist() == list(range(len(texts.tokens)))
+    assert places.tolist() == list(range(len(texts)))
 
 
 def test_token_ids_without_a_text_and_slow_tokenizers_have_decoded_pieces(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(tmp_path)
     ids = tokenizer(" the of and").input_ids
     _, texts = tokenizer_of(tokenizer).with_texts(TokenIds(ids), 1.0)
-    assert "".join(token.piece for token in texts.tokens) == " the of and"
-    assert {(token.start, token.end) for token in texts.tokens} == {(None, None)}
+    assert "".join(token.piece for token in texts) == " the of and"
+    assert {(token.start, token.end) for token in texts} == {(None, None)}
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     _, texts = tokenizer_of(tokenizer).with_texts(Text(" the of and"), 1.0)
-    assert "".join(token.piece for token in texts.tokens) == " the of and"
-    assert {token.start for token in texts.tokens} == {None}
+    assert "".join(token.piece for token in texts) == " the of and"
+    assert {token.start for token in texts} == {None}

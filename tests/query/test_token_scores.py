@@ -1,6 +1,7 @@
 """Scores by token and layer against autograd with a weight of its own for every position."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,13 @@ from helpers.chat import chat_tokenizer, conversation, parts_of, tokens_of
 from helpers.corpora import make_corpus, mixed_documents, words
 from helpers.jobs import run_job
 from helpers.models import make_model
-from helpers.outputs import N_SAMPLES
+from helpers.outputs import N_SAMPLES, copy_of
 from helpers.query_command import ask, write_queries
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner
+from gradproj.cli.query import AnswerWatch, QueryConfig, Session, answer
 from gradproj.query import Query, QueryProjector, token_scores
 from gradproj.store.head_rows import HEAD_NAME
 
@@ -109,17 +111,18 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def dense(job):
-    """The finished job: float16 rows of mean losses in no basis, cut at 24 tokens."""
+def dense(job, tmp_path_factory):
+    """A copy of the finished job: float16 rows of mean losses in no basis, cut at 24 tokens."""
+    output = copy_of(job.output, tmp_path_factory.mktemp("dense"))
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     texts = {}
-    with ProjectionStore(job.output) as store:
+    with ProjectionStore(output) as store:
         for number in (0, 7, 31):
             text = mixed_documents(N_SAMPLES)[number]["text"]
             ids = tokenizer(text).input_ids[:24]
             texts[number] = [(1, ids, [True] * len(ids))]
         yield SimpleNamespace(
-            output=job.output, store=store, reference=Reference(store, job.model),
+            output=output, store=store, reference=Reference(store, job.model),
             texts=texts, tokenizer=tokenizer, max_length=24,
         )  # fmt: skip
 
@@ -330,7 +333,42 @@ def test_what_has_no_parts_is_refused_before_the_scan(dense, ask, words, message
     assert re.search(message, ask.mistake(dense.output, "--text", A, "--tokens", *words))
 
 
+def test_documents_of_too_many_tokens_are_listed_and_not_split(dense, ask, monkeypatch):
+    words = ["--text", A, "--tokens", "--score", "cosine", "--top_k", 68, "--bottom_k", 0]
+    whole = ask.objects(dense.output, *words)
+    monkeypatch.setattr(token_scores, "MAX_TOKENS", 6)
+    hits = ask.objects(dense.output, *words)
+    assert [hit["id"] for hit in hits] == [hit["id"] for hit in whole]
+    long = [len(hit["tokens"]) > 6 for hit in whole]
+    assert 0 < sum(long) < len(long)
+    for hit, before, is_long in zip(hits, whole, long, strict=True):
+        assert hit.keys() == before.keys()
+        if is_long:
+            assert hit["recomputed_score"] is hit["tokens"] is hit["query_tokens"] is None
+        else:
+            assert parts_of_hit(hit) == pytest.approx(parts_of_hit(before), rel=1e-4, abs=1e-6)
+    lines, _ = ask(dense.output, *words)
+    assert sum("not split" in line for line in lines) == sum(long)
+
+
 def test_a_store_of_a_training_run_is_refused(dense, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.cli.query.tokens.is_job_store", lambda store: False)
+    monkeypatch.setattr("gradproj.cli.query.split.is_job_store", lambda store: False)
     message = ask.mistake(dense.output, "--query_store", dense.output, "--tokens")
     assert "rows of a training run are of the weights of their step" in message
+
+
+def test_passes_of_texts_report_to_a_watch_that_may_end_them(dense):
+    config = QueryConfig(output=str(dense.output), text=A, tokens=True, top_k=3, device="cpu")
+    seen = []
+
+    class Watch(AnswerWatch):
+        def advanced(self, n_done, n_total):
+            seen.append((n_done, n_total))
+            if n_total == 6:  # documents: three at either end
+                raise KeyError("enough")
+
+    config = replace(config, bottom_k=3)
+    with pytest.raises(KeyError, match="enough"):
+        answer(config, Session(config.output), watch=Watch())
+    assert seen[-1][1] == 6
+    assert answer(config, Session(config.output)).tokens is not None

@@ -26,7 +26,7 @@ from gradproj.model.token_texts import TokenText
 from gradproj.query import QueryProjector, read_queries
 from gradproj.query.token_scores import TokenScore, TokenScores
 from gradproj.report.number_format import exponent_of, minus, places_for, scaled
-from gradproj.report.token_shading import shading_of
+from gradproj.report.token_shading import Scale, shading_of
 from gradproj.store import STATUS
 from gradproj.store.writer import update_attributes
 
@@ -206,9 +206,9 @@ def test_excerpt_is_the_part_of_a_text_with_the_largest_parts():
     parts[700:720] = 1, *([-0.5] * 19)
     found = TokenScore(parts.sum(), parts, np.arange(60.0), 2.0)
     scores = TokenScores(
-        [f"m.h.{n // 6}.l{n}" for n in range(60)], True, {3: tokens}, [], {(0, 3): found}
+        [f"m.h.{n // 6}.l{n}" for n in range(60)], True, {3: tokens}, {}, {(0, 3): found}
     )
-    shading = shading_of(scores, 0, 3, 0, 1.0)
+    shading = shading_of(scores, 0, Scale([1.0]), 3)
     text = "".join(piece.text for piece in shading.pieces)
     assert text.startswith(" … ")
     assert text.endswith(" … ")

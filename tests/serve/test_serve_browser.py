@@ -157,9 +157,9 @@ def test_keyboard_alone(visit):
 def test_results_stream_and_cancel_stops_the_scan(visit, server, monkeypatch):
     advanced = ControlWatch.advanced
 
-    def slow(self, n_done, n_total):
+    def slow(self, n_done, n_total, what):
         time.sleep(0.4)
-        advanced(self, n_done, n_total)
+        advanced(self, n_done, n_total, what)
 
     monkeypatch.setattr(ControlWatch, "advanced", slow)
     visitor, (_, queue) = visit(), server
@@ -190,9 +190,9 @@ def test_hostile_documents_change_nothing(visit):
             page.get_by_role("dialog").locator(".excerpt").wait_for()
             assert not OVERRIDES.search(page.get_by_role("dialog").inner_text())
             page.keyboard.press("Escape")
-    for view in ("#store", "#map"):
+    for view, shown in (("#store", "#view-store h3"), ("#map", "#map-canvas")):
         visitor.go(view)
-        page.locator("h3, canvas").first.wait_for()
+        page.locator(shown).first.wait_for()
         page.wait_for_timeout(300)
     assert page.title() == "gradproj"
     assert n_scripts == page.locator("script").count() == 1

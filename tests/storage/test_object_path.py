@@ -136,7 +136,7 @@ class TestPathsAndObjectPaths:
 
 @pytest.fixture
 def memory():
-    return ObjectPath(MemoryStore(), Address("s3", "memory"), False) / "out"
+    return ObjectPath(MemoryStore(), Address("s3", "memory")) / "out"
 
 
 def test_an_object_path_is_no_file_of_the_operating_system(memory):

@@ -8,24 +8,17 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import zarr
 from helpers.encoding import decode
+from helpers.reader_laws import ReaderLaws
 from helpers.stores import (
-    MANY_CHUNKS,
-    PACKED_CHUNKS,
     READER_CASES,
     Output,
-    packed,
-    rewrite_with_zarr,
-    stored_part,
 )
 
-from gradproj.errors import StoreError
-from gradproj.files import crc32c
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import StoreConfig, StoreLayout
 from gradproj.store.writer import create_store
@@ -38,22 +31,10 @@ def filled(request, tmp_path_factory):
     return READER_CASES[request.param](tmp_path_factory.mktemp("output"))
 
 
-def test_rows_are_returned_in_the_order_of_the_ids(filled):
-    n = filled.layout.n_samples
-    with ProjectionStore(filled.path) as store:
-        assert len(store) == n
-        assert store.dim == filled.layout.dim
-        for ids in (
-            np.random.default_rng(0).integers(0, n, 200),
-            np.arange(n),
-            np.arange(n)[::-1],
-            [0],
-            [],
-            [n - 1, 0],
-        ):
-            got = store.rows(ids)
-            assert got.dtype == np.float32
-            np.testing.assert_array_equal(got, filled.decoded()[np.asarray(ids, int)])
+class TestStoreOnDisk(ReaderLaws):
+    @pytest.fixture
+    def put(self):
+        return lambda path: path
 
 
 def test_rows_equal_what_zarr_reads_times_the_scale(filled):
@@ -61,116 +42,6 @@ def test_rows_equal_what_zarr_reads_times_the_scale(filled):
     stored, scale = group["projections"][...], group["row_scale"][...]
     want = decode(stored, scale, filled.layout, filled.layers)
     np.testing.assert_array_equal(ProjectionStore(filled.store_path).rows(range(len(want))), want)
-
-
-@pytest.mark.parametrize("rows_per_block", [None, 1, 7, 40, 1_000])
-def test_scan_yields_every_row_once_in_order(filled, rows_per_block):
-    blocks = list(ProjectionStore(filled.path).scan(rows_per_block))
-    np.testing.assert_array_equal(
-        np.concatenate([ids for ids, _ in blocks]), np.arange(filled.layout.n_samples)
-    )
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), filled.decoded())
-    assert rows_per_block is None or max(len(ids) for ids, _ in blocks) <= rows_per_block
-
-
-def test_selected_layers_are_concatenated_in_the_given_order(filled):
-    store = ProjectionStore(filled.path)
-    chosen = [layer.name for layer in filled.layers[::-1]]
-    want = np.concatenate(
-        [filled.decoded()[:, x.slice_start : x.slice_end] for x in filled.layers[::-1]], axis=1
-    )
-    n = filled.layout.n_samples
-    ids = np.random.default_rng(1).permutation(n)
-    np.testing.assert_array_equal(store.rows(ids, chosen), want[ids])
-    np.testing.assert_array_equal(store.rows(range(n), chosen), want)
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.scan(9, chosen)]), want)
-
-
-def test_layer_view_indexes_like_an_array_of_matrices(filled):
-    store = ProjectionStore(filled.path)
-    n = filled.layout.n_samples
-    for layer in filled.layers:
-        want = filled.decoded()[:, layer.slice_start : layer.slice_end].reshape(
-            n, layer.k_o, layer.k_i
-        )
-        view = store.layer(layer.name)
-        assert view.shape == want.shape
-        assert len(view) == n
-        np.testing.assert_array_equal(view[:], want)
-        np.testing.assert_array_equal(view[n - 1 : 0 : -2], want[n - 1 : 0 : -2])
-        np.testing.assert_array_equal(view[[0, n - 1, 0]], want[[0, n - 1, 0]])
-        np.testing.assert_array_equal(view[-1], want[-1])
-        np.testing.assert_array_equal(np.concatenate([rows for _, rows in view.scan(7)]), want)
-        with pytest.raises(IndexError):
-            view[n]
-
-
-def test_scan_of_a_range_starts_and_stops_there(filled):
-    n = filled.layout.n_samples
-    start, stop = n // 3, n - n // 4
-    blocks = list(ProjectionStore(filled.path).scan(5, start=start, stop=stop))
-    np.testing.assert_array_equal(
-        np.concatenate([ids for ids, _ in blocks]), np.arange(start, stop)
-    )
-    np.testing.assert_array_equal(
-        np.concatenate([rows for _, rows in blocks]), filled.decoded()[start:stop]
-    )
-    assert list(ProjectionStore(filled.path).scan(start=n, stop=n)) == []
-
-
-@pytest.mark.parametrize("write_empty", [True, False])
-@pytest.mark.parametrize("index_location", ["end", "start"])
-def test_shards_written_by_zarr_python_in_morton_order_are_read(
-    tmp_path, write_empty, index_location
-):
-    output = Output(tmp_path, **MANY_CHUNKS).fill()
-    stored = output.stored.copy()
-    stored[32:64, :6] = np.nan  # an inner chunk that a writer may leave out
-    rewrite_with_zarr(output, stored, index_location, write_empty_chunks=write_empty)
-    want = decode(stored, output.row_scale, output.layout, output.layers)
-    store = ProjectionStore(tmp_path)
-    ids = np.random.default_rng(0).permutation(len(want))
-    np.testing.assert_array_equal(store.rows(ids), want[ids])
-    np.testing.assert_array_equal(store.rows(ids, ["h.1.mlp"]), want[ids, 6:])
-    for rows_per_block in (50, 64):
-        np.testing.assert_array_equal(
-            np.concatenate([rows for _, rows in store.scan(rows_per_block)]), want
-        )
-
-
-def test_shard_with_chunks_at_odd_offsets_is_read(tmp_path):
-    output = Output(tmp_path, **MANY_CHUNKS).fill()
-    path = output.path / output.layout.shard_name(0)
-    data = path.read_bytes()
-    index = np.frombuffer(data[-4 - 4 * 16 : -4], "<u8").reshape(4, 2).copy()
-    index[1:, 0] += 2  # a gap after the first chunk
-    moved = index.tobytes()
-    chunk = int(index[0, 1])
-    path.write_bytes(
-        data[:chunk]
-        + b"\0\0"
-        + data[chunk : -4 - 4 * 16]
-        + moved
-        + crc32c(moved).to_bytes(4, "little")
-    )
-    np.testing.assert_array_equal(ProjectionStore(tmp_path).rows(range(150)), output.decoded())
-
-
-def test_projection_matrices_are_returned_by_layer(tmp_path):
-    output = Output(tmp_path, widths=((2, 3), (3, 2)))
-    matrices = ProjectionStore(tmp_path).projection_matrices
-    assert list(matrices) == [layer.name for layer in output.layers]
-    for name, (p_i, p_o) in output.matrices.items():
-        np.testing.assert_array_equal(matrices[name][0], p_i)
-        np.testing.assert_array_equal(matrices[name][1], p_o)
-
-
-def test_layers_attributes_and_layout_are_read_back(tmp_path):
-    output = Output(tmp_path)
-    store = ProjectionStore(tmp_path)
-    assert store.layers == output.layers
-    assert store.attributes["note"] == "kept"
-    assert store.layout == output.layout
 
 
 def test_few_files_stay_mapped_and_close_unmaps_them(tmp_path):
@@ -192,17 +63,6 @@ def test_pickled_store_is_its_path(tmp_path):
     sent = pickle.dumps(store)
     assert len(sent) < 1_000
     np.testing.assert_array_equal(pickle.loads(sent).rows([5]), output.decoded()[[5]])
-
-
-def test_threads_share_a_store(tmp_path):
-    output = Output(
-        tmp_path, n_samples=200, config=StoreConfig(encoding="dense", rows_per_shard=1)
-    ).fill()
-    store = ProjectionStore(tmp_path)
-    orders = [np.random.default_rng(seed).permutation(200) for seed in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        for ids, rows in zip(orders, pool.map(store.rows, orders), strict=True):
-            np.testing.assert_array_equal(rows, output.decoded()[ids])
 
 
 def test_reading_changes_no_setting_of_zarr(filled):
@@ -250,62 +110,6 @@ def test_no_whole_column_is_loaded(tmp_path):
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < n_samples / 2
-
-
-def test_scan_stored_yields_stored_bytes_and_scales(filled):
-    store = ProjectionStore(filled.path)
-    for rows_per_block in (None, 7):
-        blocks = list(store.scan_stored(rows_per_block))
-        np.testing.assert_array_equal(
-            np.concatenate([ids for ids, _, _ in blocks]), np.arange(filled.layout.n_samples)
-        )
-        stored = np.concatenate([rows for _, rows, _ in blocks])
-        assert stored.dtype == filled.stored.dtype
-        assert stored.tobytes() == filled.stored.tobytes()
-        np.testing.assert_array_equal(
-            np.concatenate([scale for _, _, scale in blocks]), filled.row_scale
-        )
-    chosen = filled.layers[-1]
-    part = np.concatenate([rows for _, rows, _ in store.scan_stored(layers=[chosen.name])])
-    assert part.tobytes() == stored_part(filled, [chosen]).tobytes()
-
-
-@pytest.mark.parametrize("settings", [{}, PACKED_CHUNKS | {"config": packed("int4")}])
-def test_rows_of_packed_and_dense_units_that_are_missing_are_nan(tmp_path, settings):
-    output = Output(tmp_path, **{"n_samples": 40, **settings})
-    output.commit(0)
-    output.commit(2)
-    want = output.decoded()
-    want[16:32] = np.nan
-    store = ProjectionStore(tmp_path)
-    assert store.missing().tolist() == list(range(16, 32))
-    np.testing.assert_array_equal(store.rows(range(40), missing="nan"), want)
-    np.testing.assert_array_equal(store.rows([33, 20, 3], missing="nan"), want[[33, 20, 3]])
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.scan(7)]), want)
-    _, stored, scale = next(store.scan_stored(40))
-    np.testing.assert_array_equal(stored[16:32], np.full_like(stored[16:32], store.layout.fill))
-    np.testing.assert_array_equal(store.decode(stored, scale), want)
-    with pytest.raises(StoreError, match="16 of the requested samples are missing"):
-        store.rows(range(40))
-
-
-def test_stored_parts_of_packed_rows_are_decoded_with_their_layers(tmp_path):
-    output = Output(tmp_path, **PACKED_CHUNKS, config=packed("int2")).fill()
-    store, chosen = ProjectionStore(tmp_path), ["h.7.mlp", "h.3.mlp"]
-    want = np.concatenate([store.layer(name)[:].reshape(40, -1) for name in chosen], axis=1)
-    (ids, stored, scale) = next(store.scan_stored(40, chosen))
-    assert stored.shape == (40, output.layout.header_width + 2 * 256)
-    np.testing.assert_array_equal(store.decode(stored, scale, chosen), want[ids])
-
-
-def test_scan_stored_yields_nan_for_a_missing_unit(tmp_path):
-    output = Output(tmp_path)
-    output.commit(0)
-    output.commit(2)
-    _, stored, scale = next(ProjectionStore(tmp_path).scan_stored())
-    assert np.isnan(scale[16:32]).all()
-    assert np.isnan(stored[16:32]).all()
-    np.testing.assert_array_equal(stored[32:48], output.stored[32:48])
 
 
 ONE_LAYER_ALONE = """

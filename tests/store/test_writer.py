@@ -13,7 +13,7 @@ import zarr
 from helpers.encoding import encode_rows
 from helpers.stores import Output, make_rows, packed
 
-from gradproj.files import write_and_replace
+from gradproj.storage.publish import FilePublisher
 from gradproj.store.bfloat16 import bfloat16_to_float32
 from gradproj.store.layout import COLUMNS, PACKED_BITS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.writer import (
@@ -293,16 +293,15 @@ def test_writing_a_column_block_keeps_others_and_writes_status_last(tmp_path, mo
     assert output.layout.n_column_blocks == 3
     output.fill()
     written = []
-    monkeypatch.setattr(
-        "gradproj.store.writer.write_and_replace",
-        lambda path, chunks, scratch: (
-            written.append(path.parent.name),
-            write_and_replace(path, chunks),
-        ),
-    )
+
+    class Recorded(FilePublisher):
+        def replace(self, final, chunks, mode=None):
+            written.append(final.parent.name)
+            super().replace(final, chunks, mode)
+
     columns = empty_columns(32, 8)
     columns["status"][:] = 7
-    write_column_block(output.store_path, output.layout, 1, columns)
+    write_column_block(output.store_path, output.layout, 1, columns, Recorded())
     assert written[-1] == "status"
     assert sorted(written) == sorted(COLUMNS)
     assert from_zarr(output.store_path, "status").tolist() == [1] * 32 + [7] * 32 + [1] * 6

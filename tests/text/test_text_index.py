@@ -14,6 +14,7 @@ from gradproj.__main__ import main
 from gradproj.errors import StoreError
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.sequences import TokenSequence
+from gradproj.storage import contents
 from gradproj.text import frequencies, token_files
 from gradproj.text import index as index_module
 from gradproj.text.frequencies import FrequencySketch, n_counters, weight_of
@@ -249,7 +250,7 @@ def test_another_first_query_at_the_same_time_loses_nothing(output, index, monke
             (folder / "text.json").write_bytes(whole["text.json"])
         return len(tries) > 1
 
-    monkeypatch.setattr(index_module, "try_lock", try_lock)
+    monkeypatch.setattr(contents, "try_lock", try_lock)
     counted = []
     add = FrequencySketch.add
     monkeypatch.setattr(

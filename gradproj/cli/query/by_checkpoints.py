@@ -15,8 +15,10 @@ from gradproj.cli.query.asked import read_texts
 from gradproj.cli.query.checkpoints import TABLE, titles_of
 from gradproj.cli.query.ranked import Gradients, Ranked, collect
 from gradproj.cli.query.session import Question
+from gradproj.cli.query.split import check_can_split, split_answer
 from gradproj.cli.score_args import check_has_rows, check_is_job_store
 from gradproj.errors import ConfigError
+from gradproj.query.token_scores import TokenScores
 from gradproj.store import ProjectionStore
 
 
@@ -38,6 +40,9 @@ def rank_by_checkpoints(question: Question) -> Ranked:
         for other in stores[1:]:
             check_is_job_store(other)
             check_has_rows(other)
+            if config.tokens:
+                of_other = question.at(str(other.path.parent), other)
+                check_can_split(of_other.config, other, of_other.session)
         of_each = [
             Gradients.of(question.at(output, one))
             for output, one in zip(config.outputs, stores, strict=True)
@@ -53,8 +58,17 @@ def rank_by_checkpoints(question: Question) -> Ranked:
         if config.combine == TABLE and is_first:
             for title, one in zip(titles_of(config.outputs), of_each, strict=True):
                 columns[f"score at {title}"] = _column(one, config.dampings[0], rankings)
+        tokens = None
+        if config.tokens and is_first and rankings[0].top.n_scored:
+            # Their models are loaded again, one after the other.
+            split = (
+                split_answer(question.at(output, one), its.ranker, its.asked.rows, rankings[0])
+                for output, one, its in zip(config.outputs, stores, of_each, strict=True)
+            )
+            tokens = TokenScores.summed([x for x in split if x is not None], config.rates)
     name = config.score or ours.options["score"]
-    return Ranked(name, ours.options, ours.kind, ours.asked, rankings, grouped, None, None, columns)
+    found = rankings, grouped, None, None, columns, tokens
+    return Ranked(name, ours.options, ours.kind, ours.asked, *found)
 
 
 def _column(

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from gradproj.analysis.reduction import DEFAULT_REDUCTION
@@ -23,20 +22,19 @@ from gradproj.cli.query.by_checkpoints import rank_by_checkpoints
 from gradproj.cli.query.by_hidden import rank_by_hidden
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
-from gradproj.cli.query.ranked import Ranked, rank_by_gradients, rank_by_text
+from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
 from gradproj.cli.query.rescore import Source
 from gradproj.cli.query.session import AnswerWatch, Question, Session, Texts
+from gradproj.cli.query.split import check_can_split
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
 from gradproj.cli.query.text import text_column, text_matches
-from gradproj.cli.query.tokens import check_can_split, split_scores, splitter_of
 from gradproj.cli.score_args import check_has_rows, check_is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.job.recorded import config_from
 from gradproj.query.hidden import HIDDEN
-from gradproj.query.token_scores import TokenScores
 from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT
 
@@ -55,6 +53,7 @@ def query_command(argv: list[str]) -> None:
             description="Rank the documents of a store by their scores for queries. Exactly one of "
             "--text, --queries and --query_store is required.",
         )
+        config.apply()
         with stop_signals(process), process_group(process):
             answer = query(config, process)
     if process.rank == 0:
@@ -114,7 +113,7 @@ def answer(
         if config.show_text:
             read_text = functools.partial(text_of, session.index(config))
         if config.tokens:
-            check_can_split(config, store)
+            check_can_split(config, store, session)
         question = Question(config, store, session, (n_top, n_bottom), note, texts, watch)
         rank = _RANKERS.get(config.score, rank_by_gradients)
         ranked = (rank_by_checkpoints if config.others else rank)(question)
@@ -142,24 +141,9 @@ def answer(
         if config.text_matches and ranked.text:
             asked = ranked.asked.texts[: len(subjects.names)]  # those of a control set follow
             matches = text_matches(question, ranked.text, asked, rankings)
-        tokens = None
-        if config.tokens and ranked.ranker is not None and n_scored:
-            tokens = _split(question, ranked)
         samples = describe(store, listed_ids(rankings, ranked.grouped), read_text)
-        found = samples, first_stage, columns, matches, ranked.grouped, tokens
+        found = samples, first_stage, columns, matches, ranked.grouped, ranked.tokens
         return Answer(summary, subjects, rankings, *found)
-
-
-def _split(question: Question, ranked: Ranked) -> TokenScores:
-    config, store, session = question.config, question.store, question.session
-    assert ranked.ranker is not None
-    scan, projector = ranked.ranker.without_scan(config.dampings[0]), None
-    ends = [ranked.rankings[0].top.ids, ranked.rankings[0].bottom.ids]
-    with session.lock:
-        if not config.query_store and not config.makes_sets:
-            projector = session.projector(config, store)
-        splitter = splitter_of(config, store, config.device, projector, config.query_model)
-        return split_scores(splitter, scan, ranked.asked.rows, [np.asarray(ids) for ids in ends])
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:

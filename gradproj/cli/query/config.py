@@ -173,7 +173,6 @@ class QueryConfig(
             f"--score {self.score}" * (uses_text or self.score == HIDDEN),
             f"--by {self.by}" * bool(self.by),
             f"--rescore {self.rescore}" * bool(self.rescore),
-            "all outputs but one" * bool(self.others),
             "all values of --damping but one" * (len(self.dampings) > 1),
         )
         if self.text_matches and self.aggregate != "none":

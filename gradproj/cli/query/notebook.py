@@ -8,8 +8,8 @@ import numpy as np
 from gradproj.analysis import TopDocuments
 from gradproj.formatting import Html, escaped, html_table, html_text, one_line
 from gradproj.query.token_scores import TokenScores
-from gradproj.report.number_format import exponent_of, power
-from gradproj.report.token_shading import COLOURS, Shaded, query_shading, shading_of
+from gradproj.report.number_format import power
+from gradproj.report.token_shading import COLOURS, Scale, Shaded, query_shading, shading_of
 
 _TEXT = 200
 _INK = "#1d2330"
@@ -30,7 +30,7 @@ def _lists(answer: Any) -> Iterator[str]:
         for number, name in enumerate(queries.names):
             ends = {"highest": ranking.top, "lowest": ranking.bottom}
             values = np.concatenate([end.scores[number] for end in ends.values()]).tolist()
-            scale = exponent_of(values), max(map(abs, values), default=0.0)
+            scale = Scale(values)
             damping = f", damping {ranking.damping}" if len(answer.rankings) > 1 else ""
             yield f"<h4>{html_text(one_line(name, _TEXT))}{html_text(damping)}</h4>"
             yield f"<p>{_question(answer, number, ranking.top.ids[number].tolist(), scale)}</p>"
@@ -39,18 +39,16 @@ def _lists(answer: Any) -> Iterator[str]:
                     yield _documents(answer, title, end, number, scale)
 
 
-def _question(answer: Any, number: int, ids: Sequence[int], scale: tuple[int, float]) -> str:
+def _question(answer: Any, number: int, ids: Sequence[int], scale: Scale) -> str:
     if answer.tokens is not None and answer.tokens.queries and ids:
-        return _shaded(query_shading(answer.tokens, number, ids, *scale))
+        return _shaded(query_shading(answer.tokens, number, ids, scale))
     return html_text(answer.queries.excerpts[number])
 
 
-def _documents(
-    answer: Any, title: str, end: TopDocuments, number: int, scale: tuple[int, float]
-) -> str:
+def _documents(answer: Any, title: str, end: TopDocuments, number: int, scale: Scale) -> str:
     samples, tokens = answer.samples, answer.tokens
     first, columns = answer.first_stage, answer.columns
-    unit = power(scale[0]) if tokens is not None else ""
+    unit = power(scale.exponent) if tokens is not None else ""
     text = f"text, parts in {unit}" if unit else "text"
     headings = [title, "score", *columns, "id", "domain", "loss", "key", text]
     rows = []
@@ -58,7 +56,7 @@ def _documents(
     for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
         sample = samples[sample_id]
         shown: str = one_line(sample.text or "", _TEXT)
-        if tokens is not None:
+        if tokens is not None and (number, sample_id) in tokens.found:
             shown = _split(tokens, number, sample_id, scale)
         others = [column[number, sample_id] for column in columns.values()]
         key = one_line(escaped(sample.key), 80)
@@ -69,9 +67,10 @@ def _documents(
     return html_table(headings, rows, caption)
 
 
-def _split(tokens: TokenScores, number: int, sample_id: int, scale: tuple[int, float]) -> Html:
+def _split(tokens: TokenScores, number: int, sample_id: int, scale: Scale) -> Html:
     """Return an excerpt by token, above a strip of the layers."""
-    shading = shading_of(tokens, number, sample_id, *scale)
+    shading = shading_of(tokens, number, scale, sample_id)
+    assert shading is not None
     cells = "".join(
         f'<span title="{cell.text}: {cell.value}" style="flex:1;background:'
         f'{COLOURS.get(cell.shade, "transparent")}"></span>'

@@ -19,10 +19,12 @@ from gradproj.cli.query.config import MAX_JOINT_WIDTH
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.rescore import SecondStage
 from gradproj.cli.query.session import Question
+from gradproj.cli.query.split import split_answer
 from gradproj.cli.query.text import text_scan
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes
+from gradproj.query.token_scores import TokenScores
 from gradproj.store.head_rows import HEAD_NAME
 from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker
 from gradproj.text.scores import TextScan
@@ -51,8 +53,8 @@ class Ranked:
     """Set if text scores are used."""
     columns: Columns = field(default_factory=dict)
     """Further scores of the ranked documents, on rank 0."""
-    ranker: Ranker | None = None
-    """Of a gradient score of one store."""
+    tokens: TokenScores | None = None
+    """Set with ``--tokens``, on rank 0."""
 
     @property
     def n_scored(self) -> int:
@@ -158,7 +160,8 @@ def rank_by_gradients(question: Question) -> Ranked:
         _note_lengths(question, options)
     name = config.score or options["score"]
     found = rankings, grouped, ours.second, ours.text
-    return Ranked(name, options, ours.kind, asked, *found, ranker=ranker)
+    tokens = split_answer(question, ranker, asked.rows, rankings[0]) if rankings else None
+    return Ranked(name, options, ours.kind, asked, *found, tokens=tokens)
 
 
 def _grouped(

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gradproj.analysis import Preconditioner, QuerySets
@@ -16,9 +15,16 @@ from gradproj.cli.query.subjects import Subjects
 from gradproj.corpus.index import CorpusIndex
 from gradproj.distributed import Process
 from gradproj.errors import StoreError
-from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
+from gradproj.job.recorded import (
+    RecordedEngine,
+    config_from,
+    recorded_engine,
+    recorded_index,
+    recorded_tokenizer,
+)
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 
 T = TypeVar("T")
@@ -33,8 +39,8 @@ class Session:
     """Parts that questions to one output have in common, each loaded when one needs it, and kept.
 
     These are the model with its engine, the curvatures, the tokenizer, and the index of the tars.
-    The store itself is opened again for each question, in milliseconds, so that an answer counts the
-    rows that a running job has added. Threads may share a session: the model works for one of them
+    The store itself is opened again for each question, in milliseconds: an answer counts the rows
+    that a running job has added. Threads may share a session: the model works for one of them
     at a time, and their scans run side by side.
     """
 
@@ -70,6 +76,16 @@ class Session:
 
         return self._keep(("projector", config.query_model, config.device), load)
 
+    def engine(self, config: QueryConfig, store: ProjectionStore) -> RecordedEngine:
+        """Return the job's model with its engine; hold ``lock`` while it works."""
+        if not config.query_model and not config.query_store:
+            return self.projector(config, store).recorded
+
+        def load() -> RecordedEngine:
+            return recorded_engine(store, config_from(config), config.device)
+
+        return self._keep(("engine", config.device), load)
+
     def tokenizer(self, config: RecordedRunArgs, store: ProjectionStore) -> tuple[Any, int]:
         """Return ``(tokenizer, number of the model's token ids)``; no weight is read."""
         run = config_from(config, loads_weights=False)
@@ -77,7 +93,7 @@ class Session:
 
     def index(self, config: RecordedRunArgs) -> CorpusIndex:
         """Return where the documents are; ``CorpusError`` if the tars are not there."""
-        return self._keep(("index",), lambda: recorded_index(Path(config.output), config.shards))
+        return self._keep(("index",), lambda: recorded_index(path_of(config.output), config.shards))
 
     def preconditioner(
         self,

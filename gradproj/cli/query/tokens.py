@@ -1,4 +1,4 @@
-"""``query --tokens``: which tokens and layers the scores of the listed documents come from."""
+"""``query --tokens``: its flag, and its part of JSON lines and of the table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,18 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.analysis.scan import Scan
-from gradproj.cli.score_args import is_job_store
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag
 from gradproj.formatting import one_line
-from gradproj.job.recorded import config_from, recorded_engine, recorded_index
-from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.model.token_texts import TokenText
-from gradproj.query import QueryProjector, QueryRows
-from gradproj.query.token_scores import TokenScores, TokenSplitter
-from gradproj.store import ProjectionStore
+from gradproj.query.token_scores import MAX_TOKENS, TokenScores
 
 _TOKENS_SHOWN, _LAYERS_SHOWN = 6, 3
 _PIECE = 24
@@ -44,40 +37,15 @@ class TokenArgs(Flags, title="tokens"):
             )
 
 
-def check_can_split(inputs: RecordedRunArgs, store: ProjectionStore) -> None:
-    """Raise ``CorpusError`` if the tars are not there, ``StoreError`` if no model is recorded."""
-    if not is_job_store(store):
-        raise StoreError(
-            f"{store.path} was not written by the job: rows of a training run are of the weights "
-            "of their step, so no model gives their tokens. Leave --tokens out"
-        )
-    recorded_index(store.path.parent, inputs.shards)
-
-
-def splitter_of(
-    inputs: RecordedRunArgs,
-    store: ProjectionStore,
-    device: str,
-    projector: QueryProjector | None,
-    query_model: str = "",
-) -> TokenSplitter:
-    """Return what splits scores, with the projector's model if that is the job's.
-
-    Without a projector, queries are not split. Raises as ``QueryProjector`` does.
-    """
-    run = config_from(inputs)
-    if projector is None or query_model:
-        made = recorded_engine(store, run, device)
-    else:
-        made = projector.recorded
-    documents = RecordedDocuments(store, run, made.tokenizer, made.vocabulary, inputs.shards)
-    return TokenSplitter(made, documents, projector)
-
-
 def token_fields(scores: TokenScores, number: int, sample_id: int) -> dict[str, Any]:
-    """Return what the JSON line of a hit has of its tokens and layers."""
-    found = scores.found[number, sample_id]
-    fields: dict[str, Any] = {"recomputed_score": found.score}
+    """Return what the JSON line of a hit has of its tokens and layers; null if it is too long."""
+    found = scores.found.get((number, sample_id))
+    names = ["recomputed_score", *["head_score"] * scores.has_head, "layers", "tokens"]
+    names += ["query_tokens"] * bool(scores.queries)
+    fields: dict[str, Any] = dict.fromkeys(names)
+    if found is None:
+        return fields
+    fields["recomputed_score"] = found.score
     if scores.has_head:
         fields["head_score"] = found.head
     fields["layers"] = dict(zip(scores.layers, found.layers.tolist(), strict=True))
@@ -98,7 +66,9 @@ def _tokens(tokens: Sequence[TokenText], parts: np.ndarray) -> list[dict[str, An
 
 def token_lines(scores: TokenScores, number: int, sample_id: int) -> list[str]:
     """Return the lines of the table below a hit: its score, and where most of it comes from."""
-    found = scores.found[number, sample_id]
+    found = scores.found.get((number, sample_id))
+    if found is None:
+        return [f"not split: it has more than {MAX_TOKENS:,} tokens"]
     best = np.argsort(-np.abs(found.layers), kind="stable")[:_LAYERS_SHOWN].tolist()
     shown = [f"{scores.layers[i]} {found.layers[i]:+.1e}" for i in best]
     shown += [f"head {found.head:+.1e}"] * scores.has_head
@@ -113,11 +83,3 @@ def _largest(tokens: Sequence[TokenText], parts: np.ndarray) -> str:
     best = np.argsort(-np.abs(parts), kind="stable")[:_TOKENS_SHOWN]
     names = [one_line(tokens[i].piece, _PIECE) or tokens[i].name for i in best.tolist()]
     return ", ".join(f"{n!r} {parts[i]:+.1e}" for n, i in zip(names, best.tolist(), strict=True))
-
-
-def split_scores(
-    splitter: TokenSplitter, scan: Scan, rows: QueryRows, ends: Sequence[np.ndarray]
-) -> TokenScores:
-    """Split the scores of the documents at the ``ends`` ``(Q, k)`` of a ranking."""
-    listed = [np.unique(ids[ids >= 0]) for ids in np.concatenate(ends, axis=1)]
-    return splitter.split(scan, rows, listed)

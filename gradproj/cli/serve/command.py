@@ -79,6 +79,7 @@ def serve_command(argv: list[str]) -> None:
         description="Answer queries of stores in a browser and as JSON. Model, curvature and store "
         "are opened once.",
     )
+    config.apply()
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -160,6 +161,7 @@ def _listener(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(1024)  # who comes before the server has begun waits
     except OSError as error:
         raise ConfigError(
             f"--host {host} --port {port} cannot be listened at: {error}; --port 0 takes any port"

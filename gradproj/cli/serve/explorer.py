@@ -1,5 +1,6 @@
 """One output as the server sees it: answers of ``query``, data of ``report`` and ``status``."""
 
+import contextlib
 import functools
 import json
 import time
@@ -52,11 +53,12 @@ class ControlWatch(ScanWatch):
         self._control, self._posted = control, 0.0
         self.is_at_end = False
 
-    def advanced(self, n_done: int, n_total: int) -> None:
+    def advanced(self, n_done: int, n_total: int, what: str) -> None:
         self._control.check()
         self.is_at_end = n_done >= n_total
         if self.is_due():
-            self._control.post({"event": "progress", "done": n_done, "total": n_total})
+            progress = {"done": n_done, "total": n_total, "what": what}
+            self._control.post({"event": "progress", **progress})
 
     def is_due(self) -> bool:
         """Return True a few times a second, and at the end of a scan."""
@@ -89,8 +91,8 @@ class PartialAnswers(AnswerWatch):
         ]
         self._control.post({"event": "asked", "queries": named})
 
-    def advanced(self, n_done: int, n_total: int) -> None:
-        self._progress.advanced(n_done, n_total)
+    def advanced(self, n_done: int, n_total: int, what: str) -> None:
+        self._progress.advanced(n_done, n_total, what)
         self._hits.is_at_end = self._progress.is_at_end
 
     def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
@@ -113,23 +115,29 @@ class OutputExplorer:
 
     def __init__(self, inputs: RecordedRunArgs, title: str, most_characters: int) -> None:
         self._inputs, self.title, self._most_characters = inputs, title, most_characters
-        self._session = Session(inputs.output)
+        self.session = Session(inputs.output)
         self._kept: dict[str, tuple[str, Event]] = {}
 
     # --- questions ---
 
     def load(self) -> None:
-        """Load model, curvature and compiled loops, so that the first answer needs none of it."""
+        """Load model, curvature and compiled loops, so that the first answer needs none of it.
+
+        The text index of a small store is made, too.
+        """
 
         class FirstBlock(AnswerWatch):
             def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
                 raise _Warm
 
-        asked = Asked.of({"text": "a first text", "top_k": 1, "bottom_k": 0}, 100)
-        try:
-            self._answered(asked, FirstBlock())
-        except _Warm:
+        first = {"text": "a first text", "top_k": 1, "bottom_k": 0}
+        with self.session.open_store() as store:
+            is_small = len(store) <= SMALL and is_job_store(store)
+        if is_small:
+            self._answered(Asked.of({**first, "text_matches": True}, 100), AnswerWatch())
             return
+        with contextlib.suppress(_Warm):
+            self._answered(Asked.of(first, 100), FirstBlock())
 
     def answer(self, question: dict[str, Any], control: ScanControl) -> Event:
         found, notes = self._ask(question, control)
@@ -146,7 +154,7 @@ class OutputExplorer:
 
     def _ask(self, question: dict[str, Any], control: ScanControl) -> tuple[Any, list[str]]:
         asked = Asked.of(question, self._most_characters)
-        with self._session.open_store() as store:
+        with self.session.open_store() as store:
             self._check_text_index(asked, store)
             notes: list[str] = []
             found = self._answered(asked, PartialAnswers(control, store), notes.append)
@@ -157,7 +165,7 @@ class OutputExplorer:
         self, asked: Asked, watch: AnswerWatch, note: Callable[[str], None] = lambda line: None
     ) -> Any:
         config = asked.config(**asdict(self._inputs))
-        return answer(config, self._session, note, ([asked.query], None), watch)
+        return answer(config, self.session, note, ([asked.query], None), watch)
 
     def _check_text_index(self, asked: Asked, store: ProjectionStore) -> None:
         flags = asked.flags
@@ -172,7 +180,7 @@ class OutputExplorer:
     # --- the store ---
 
     def facts(self) -> dict[str, Any]:
-        with self._session.open_store() as store:
+        with self.session.open_store() as store:
             counts = store.status_counts()
             is_job = is_job_store(store)
             return {
@@ -192,7 +200,7 @@ class OutputExplorer:
             }
 
     def document(self, sample_id: int, start: int) -> dict[str, Any]:
-        with self._session.open_store() as store:
+        with self.session.open_store() as store:
             (sample,) = store.samples([sample_id])
             problem, text, n_question = "", "", 0
             try:
@@ -243,7 +251,7 @@ class OutputExplorer:
         self, name: str, make: Callable[[ProjectionStore], dict[str, Any]], control: ScanControl
     ) -> Event:
         """Return what ``make`` made of the store as it is now, kept until the store changes."""
-        with self._session.open_store() as store:
+        with self.session.open_store() as store:
             check_has_rows(store)
             state = state_of(store)
             kept_state, kept = self._kept.get(name, ("", None))
@@ -260,14 +268,14 @@ class OutputExplorer:
     def _n_question(self, store: ProjectionStore, text: str) -> int:
         """Return how many characters of a document's text can be asked with."""
         config = Asked.of({"text": NAME}, 100).config(**asdict(self._inputs))
-        with self._session.lock:
-            return self._session.projector(config, store).tokenizer.characters_that_fit(text)
+        with self.session.lock:
+            return self.session.projector(config, store).tokenizer.characters_that_fit(text)
 
     def status(self) -> dict[str, Any]:
         return asdict(read_status(self._inputs.output))
 
     def _index(self) -> Any:
-        return self._session.index(self._inputs)
+        return self.session.index(self._inputs)
 
 
 class _Warm(GradprojError):

@@ -136,7 +136,7 @@ export class Panel {
     if (event.event === "progress") {
       this.bar.value = event.done / Math.max(event.total, 1);
       const isDone = event.done >= event.total;
-      this.say(isDone ? (this.asked.tokens ? "Tokens of the documents found ..." : "Finishing ...") : `${whole(event.done)} of ${whole(event.total)} documents`);
+      this.say(isDone ? "Finishing ..." : `${whole(event.done)} of ${whole(event.total)} ${event.what === "texts" ? "texts for their tokens" : event.what}`);
     }
     if (event.event === "partial") this.show(event.hits, false);
   }

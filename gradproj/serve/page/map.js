@@ -13,7 +13,7 @@ export async function showMap(place, index, output, open) {
   place.replaceChildren(el("h2", {}, "Map of documents"), news);
   const answer = await events(`/api/outputs/${index}/map`, null, undefined, (event) => {
     if (event.event === "queued") news.textContent = `Waiting: ${event.ahead} ahead.`;
-    if (event.event === "progress") news.textContent = `${whole(event.done)} of ${whole(event.total)} layers read.`;
+    if (event.event === "progress") news.textContent = `${whole(event.done)} of ${whole(event.total)} ${event.what} read.`;
   });
   new DocumentMap(place, answer.map, news, open);
 }

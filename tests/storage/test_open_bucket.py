@@ -40,7 +40,7 @@ def test_an_object_comes_back_and_conditions_are_enforced(bucket):
 
 def test_a_missing_bucket_is_told_from_a_missing_object(bucket):
     store, _ = open_bucket(Address("s3", "there-is-no-such-bucket"))
-    assert fault_of(lambda: obstore.put(store, "x", b"")) == "no bucket"
+    assert fault_of(lambda: obstore.get(store, "x")) == "no bucket"
     assert fault_of(lambda: obstore.list(store).collect()) == "no bucket"
 
 

@@ -17,7 +17,7 @@ from gradproj.storage.retry import retried
 
 T = TypeVar("T")
 Version = dict[str, str]
-"""What names a version of an object in a condition: its etag, on Google's stores its generation."""
+"""Names a version of an object in a condition: its etag, on Google's stores its generation."""
 
 
 class Unchanged(Exception):
@@ -30,10 +30,10 @@ class StoredObject:
     Errors are a FileNotFoundError for what does not exist, otherwise a ``StoreError`` of one line.
     """
 
-    __slots__ = ("address", "anonymous", "store")
+    __slots__ = ("address", "store")
 
-    def __init__(self, store: Any, address: Address, anonymous: bool = False) -> None:
-        self.store, self.address, self.anonymous = store, address, anonymous
+    def __init__(self, store: Any, address: Address) -> None:
+        self.store, self.address = store, address
 
     @property
     def key(self) -> str:
@@ -48,9 +48,17 @@ class StoredObject:
     def meta(self) -> dict[str, Any] | None:
         """Return size, time and etag of the object; None if there is none. One request."""
         try:
-            return cast(dict[str, Any], self._ask(lambda: self.store.head(self.key)))
+            return self._ask(self._head)
         except FileNotFoundError:
             return None
+
+    def _head(self) -> dict[str, Any]:
+        try:
+            return cast(dict[str, Any], self.store.head(self.key))
+        except Exception as error:
+            if reason_of(error) == "denied":  # an answer without a body, which would say why
+                self._get({"range": (0, 1)})
+            raise
 
     def version(self) -> Version | None:
         """Return the version of the object; None if there is none."""
@@ -62,21 +70,31 @@ class StoredObject:
         found = self._ask(lambda: self.store.list_with_delimiter(self._prefix()))
         keys = list(found["common_prefixes"])
         if not folders_only:
-            keys += [meta["path"] for meta in found["objects"]]
+            keys += self._without_own(meta["path"] for meta in found["objects"])
         return sorted({key.rstrip("/").rpartition("/")[2] for key in keys})
 
     def keys_below(self) -> list[str]:
         """Return all keys below this one, in no order. One request for each 1,000 of them."""
         chunks = self._ask(lambda: list(self.store.list(self._prefix())))
-        return [meta["path"] for chunk in chunks for meta in chunk]
+        return self._without_own(meta["path"] for chunk in chunks for meta in chunk)
+
+    def etags_below(self) -> list[tuple[str, str]]:
+        """Return all keys below this one with their etags, in no order."""
+        chunks = self._ask(lambda: list(self.store.list(self._prefix())))
+        return [(meta["path"], meta["e_tag"] or "") for chunk in chunks for meta in chunk]
 
     def has_keys_below(self) -> bool:
         """Return whether some key lies below this one."""
 
-        def first() -> Any:
-            return next(iter(self.store.list(self._prefix(), chunk_size=1)), None)
+        def first() -> list[str]:
+            chunk = next(iter(self.store.list(self._prefix(), chunk_size=2)), ())
+            return self._without_own(meta["path"] for meta in chunk)
 
         return bool(self._ask(first))
+
+    def _without_own(self, keys: Iterable[str]) -> list[str]:
+        """Leave out this key itself, which some stores list once a folder was made or emptied."""
+        return [key for key in keys if key.rstrip("/") != self.key]
 
     def _prefix(self) -> str | None:
         return f"{self.key}/" if self.key else None
@@ -88,7 +106,7 @@ class StoredObject:
         return self._ask(lambda: self._get({}))
 
     def read_unless(self, version: Version) -> tuple[bytes, Version] | None:
-        """Return the object and its version; None if it still is ``version``: a reply of no body."""
+        """Return the object and its version; None, without a body, if it is still ``version``."""
         etag = version.get("e_tag")
         try:
             return self._ask(lambda: self._get({"if_none_match": etag} if etag else {}))
@@ -101,13 +119,17 @@ class StoredObject:
 
     def read_range(self, start: int, stop: int, etag: str = "") -> bytes:
         """Return the bytes ``[start, stop)``, of the version ``etag`` if that is given."""
+        return bytes(self.read_buffer(start, stop, etag))
+
+    def read_buffer(self, start: int, stop: int, etag: str = "") -> memoryview:
+        """Return what ``read_range`` does, without a copy."""
         if stop <= start:
-            return b""
+            return memoryview(b"")
         options: dict[str, Any] = {"range": (start, stop)}
         if etag:
             options["if_match"] = etag
         try:
-            return self._ask(lambda: bytes(self.store.get(self.key, options=options).bytes()))
+            return memoryview(self._ask(lambda: self.store.get(self.key, options=options).bytes()))
         except Unchanged:
             raise StoreError(f"{self} has changed while it was read: start again") from None
 

@@ -1,0 +1,230 @@
+"""Claims, commits, merges and repairs on disk and in a bucket: the same tests for both."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import pytest
+from helpers.faults import (
+    IDENTITY,
+    fake_owner,
+    fake_rows,
+    fill,
+    inconsistent_units,
+    make_store,
+    partial_rows,
+)
+from obstore.store import MemoryStore
+
+from gradproj.coordinator.cleanup import remove_leftovers
+from gradproj.coordinator.failure import clear_failure, note_failure
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress, heartbeat_counter
+from gradproj.coordinator.merge import is_merged
+from gradproj.coordinator.store_guard import StoreReplaced
+from gradproj.coordinator.units import UnitQueue, unit_claim
+from gradproj.coordinator.unmerge import check_records_have_shards, unmerge_missing_units
+from gradproj.errors import StoreError
+from gradproj.maintenance.repair import repair
+from gradproj.maintenance.verify import verify
+from gradproj.storage import object_path
+from gradproj.storage.address import Address
+from gradproj.storage.folders import delete_tree
+from gradproj.storage.object_path import ObjectPath
+from gradproj.storage.publish import replace
+from gradproj.store import ProjectionStore
+from gradproj.store.unit_record import list_records, read_record, record_name
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def output(request, tmp_path, no_fsync, monkeypatch):
+    if request.param == "disk":
+        return tmp_path / "out"
+    path = ObjectPath(MemoryStore(), Address("s3", "memory")) / "out"
+    monkeypatch.setattr(object_path, "open_bucket", lambda address: (path.store, address.key))
+    return path
+
+
+@pytest.fixture
+def layout(output):
+    return make_store(output)
+
+
+def queue_of(output, layout, number, **options):
+    owner = fake_owner(number)
+    return UnitQueue(output, layout, IDENTITY, range(layout.n_units), owner, **options)
+
+
+def damage_in(output):
+    """Return damage but that of files which only a real job writes."""
+    return [damage for damage in verify(output).damage if damage.kind != "other"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestCommits:
+    def test_one_process_fills_a_store(self, output, layout):
+        assert fill(output, layout, fake_owner(0))
+        assert inconsistent_units(output, layout) == []
+        assert names(output / "claims") == []
+        assert damage_in(output) == []
+        with ProjectionStore(output) as store:
+            assert store.missing_ranges() == []
+
+    def test_a_unit_is_committed_once(self, output, layout):
+        first, second = (queue_of(output, layout, number) for number in (0, 1))
+        assert first.claims.try_claim(unit_claim(1))
+        assert not second.claims.try_claim(unit_claim(1))
+        assert first.commit(fake_rows(layout, 1, 0))
+        before = (output / record_name(1)).read_bytes()
+        assert not second.commit(fake_rows(layout, 1, 1))
+        assert not first.commit(fake_rows(layout, 1, 0))
+        assert (output / record_name(1)).read_bytes() == before
+        assert inconsistent_units(output, layout) == []
+
+    def test_an_owner_that_lost_its_claim_does_no_harm(self, output, layout, no_stale_wait):
+        old, new = (queue_of(output, layout, number) for number in (0, 1))
+        assert old.claims.try_claim(unit_claim(2))
+        assert new.claims.try_claim(unit_claim(2))
+        assert not old.claims.owns(unit_claim(2))
+        assert not old.commit(fake_rows(layout, 2, 0))
+        assert new.commit(fake_rows(layout, 2, 1))
+        assert read_record(output / record_name(2)).columns["loss"][0] == 1
+        assert inconsistent_units(output, layout) == []
+
+    def test_released_claims_are_free(self, output, layout):
+        first, second = (queue_of(output, layout, number) for number in (0, 1))
+        assert first.claims.try_claim(unit_claim(0))
+        first.release()
+        assert second.claims.try_claim(unit_claim(0))
+
+    def test_saved_rows_come_back_until_the_commit(self, output, layout):
+        first, second = (queue_of(output, layout, number) for number in (0, 1))
+        assert first.claims.try_claim(unit_claim(0))
+        for number in range(2):
+            first.partial_log(0, "key").append(number, number + 1, partial_rows(number))
+        done, parts = second.partial_log(0, "key").read()
+        assert done == 2
+        assert [last for last, _ in parts] == [1, 2]
+        assert second.partial_log(0, "other").read() == (0, [])
+        assert first.commit(fake_rows(layout, 0))
+        assert second.partial_log(0, "key").read() == (0, [])
+
+    def test_a_store_is_created_once(self, output, layout):
+        before = (output / "projections.zarr" / "zarr.json").read_bytes()
+        with pytest.raises(StoreError, match="exists already"):
+            make_store(output)
+        assert (output / "projections.zarr" / "zarr.json").read_bytes() == before
+
+    def test_a_replaced_store_is_noticed(self, output, layout):
+        queue = queue_of(output, layout, 0)
+        assert queue.claims.try_claim(unit_claim(0))
+        delete_tree(output)
+        make_store(output)
+        with pytest.raises(StoreReplaced, match="new store with the same settings"):
+            queue.commit(fake_rows(layout, 0))
+        assert len(list_records(output / "units")) == 0
+
+    def test_a_deleted_record_makes_its_unit_a_missing_one(self, output, layout):
+        fill(output, layout, fake_owner(0))
+        (output / record_name(1)).unlink()
+        unmerge_missing_units(output, queue_of(output, layout, 1).claims)
+        assert not is_merged(output)
+        with ProjectionStore(output) as store:
+            assert store.missing_ranges() == [(16, 32)]
+        assert fill(output, layout, fake_owner(2))
+        assert damage_in(output) == []
+
+    @pytest.mark.parametrize("what", ["shard", "record"])
+    def test_a_damaged_unit_is_repaired(self, output, layout, what):
+        fill(output, layout, fake_owner(0))
+        path = output / (layout.shard_name(1) if what == "shard" else record_name(1))
+        content = bytearray(path.read_bytes())
+        content[40] ^= 1
+        replace(path, [bytes(content)])
+        verification = verify(output)
+        assert verification.damaged_units == {1}
+        assert repair(verification).units == [1]
+        assert list_records(output / "units").tolist() == [0, 2]
+        assert fill(output, layout, fake_owner(1), writer=1)
+        assert damage_in(output) == []
+        assert inconsistent_units(output, layout) == []
+
+    def test_a_lost_shard_is_named(self, output, layout):
+        fill(output, layout, fake_owner(0))
+        (output / layout.shard_name(1)).unlink()
+        with pytest.raises(StoreError, match="1 committed unit without a shard"):
+            check_records_have_shards(output)
+        assert repair(verify(output)).units == [1]
+        assert fill(output, layout, fake_owner(1))
+
+    def test_a_shard_without_its_record_does_not_stop_a_job(self, output, layout):
+        """A record was deleted by hand, and another device's rows differ from the shard left."""
+        fill(output, layout, fake_owner(0))
+        (output / record_name(1)).unlink()
+        repair(verify(output))
+        assert fill(output, layout, fake_owner(1), writer=1)
+        assert damage_in(output) == []
+        assert inconsistent_units(output, layout) == []
+
+    def test_heartbeats_move(self, output, layout):
+        progress, folder = RankProgress(batches=1), output / "heartbeats"
+        with Heartbeat(folder, fake_owner(0), progress) as heartbeat:
+            assert heartbeat_counter(folder, fake_owner(0)) == 1
+            progress.batches = 7
+            heartbeat.write()
+            assert heartbeat_counter(folder, fake_owner(0)) == 7
+        assert heartbeat_counter(folder, fake_owner(0)) is None
+
+    def test_failures_are_noted_and_cleared(self, output, layout):
+        note_failure(
+            output, dataclasses.replace(fake_owner(0), job_id="slurm-7_1"), StoreError("x")
+        )
+        assert json.loads((output / "failed.json").read_text())["error"] == "x"
+        assert names(output / "logs") == ["slurm-7_1.failed"]
+        clear_failure(output, "slurm-7_1")
+        assert not (output / "failed.json").exists()
+        assert names(output / "logs") == []
+
+    def test_leftovers_of_committed_units_are_deleted(self, output, layout):
+        queue = queue_of(output, layout, 0)
+        assert queue.claims.try_claim(unit_claim(0))
+        assert queue.claims.try_claim(unit_claim(1))
+        queue.commits.commit(fake_rows(layout, 0), layout, lambda: True, lambda: None)
+        remove_leftovers(output, fake_owner(1))
+        assert names(output / "claims") == ["00000001.0"]
+        assert names(output / "partial") == []
+
+    def test_rows_are_the_same_in_both_places(self, output, layout, tmp_path):
+        fill(output, layout, fake_owner(0))
+        make_store(tmp_path / "disk")
+        fill(tmp_path / "disk", layout, fake_owner(0))
+        for unit in range(layout.n_units):
+            for name in (layout.shard_name(unit), record_name(unit)):
+                assert (output / name).read_bytes() == (tmp_path / "disk" / name).read_bytes()
+
+
+class Counted:
+    """A store that counts requests."""
+
+    def __init__(self):
+        self.store, self.requests = MemoryStore(), Counter()
+
+    def __getattr__(self, name):
+        self.requests[name.removesuffix("_with_delimiter")] += 1
+        return getattr(self.store, name)
+
+
+def test_requests_of_a_unit():
+    """The figures of the README."""
+    store = Counted()
+    output = ObjectPath(store, Address("s3", "memory")) / "out"
+    layout = make_store(output)
+    queue = queue_of(output, layout, 0)
+    units = queue.take()
+    next(units)
+    queue.commit(fake_rows(layout, next(units)))
+    store.requests.clear()
+    queue.commit(fake_rows(layout, next(units)))
+    assert store.requests == {"put": 4, "list": 3, "get": 2, "head": 7, "delete": 2}
