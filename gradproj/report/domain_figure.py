@@ -69,7 +69,7 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
             bar.set_label(unit + (f", in {power(exponent)}" if exponent else ""), fontsize=8)
             bar.ax.tick_params(labelsize=7)
         image = io.BytesIO()
-        figure.savefig(image, format="png")
+        figure.savefig(image)  # a PNG, by these settings
     write_result("--output_dir", path, [image.getbuffer()])
 
 
