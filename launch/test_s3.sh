@@ -14,7 +14,8 @@ weed=$VENV/bin/weed
 
 folder=$(mktemp -d)
 free_port() {
-    "$VENV/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    "$VENV/bin/python" -c \
+        'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 answers() { # with 403, since the request has no signature
     "$VENV/bin/python" - "http://127.0.0.1:$port/" <<'END'
@@ -39,7 +40,12 @@ END
     >"$folder/log" 2>&1 &
 server=$!
 # Its end in order takes half a minute, for data that nobody needs.
-trap 'kill -KILL "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; rm -rf "$folder"' EXIT
+end_server() {
+    kill -KILL "$server" 2>/dev/null || true
+    wait "$server" 2>/dev/null || true
+    rm -rf "$folder"
+}
+trap end_server EXIT
 for _ in $(seq 120); do
     kill -0 "$server" 2>/dev/null || fail "the S3 server has ended: $(tail -n 3 "$folder/log")"
     answers && ready=yes && break

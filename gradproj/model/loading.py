@@ -23,6 +23,8 @@ from gradproj.model.packed_layers import settle_quantized
 from gradproj.model.properties import is_causal
 from gradproj.model.quantized import (
     Quantization,
+    block_of,
+    check_blocks,
     loading_arguments,
     quantization_of,
     source_arguments,
@@ -77,8 +79,11 @@ def model_quantization(files: ModelFiles) -> Quantization | None:
     place = files.base_dir or files.model_dir
     if place is None:
         return None
-    is_gguf = place.suffix == GGUF_SUFFIX
-    return quantization_of(_config_on_disk(files), files.config, is_gguf)
+    is_gguf, config = place.suffix == GGUF_SUFFIX, _config_on_disk(files)
+    found = quantization_of(config, files.config, is_gguf)
+    if found is not None and (block := block_of(config)):
+        check_blocks(files.weights, block)
+    return found
 
 
 def attention_note(files: ModelFiles) -> str:

@@ -1,8 +1,10 @@
 """Which checkpoints are quantized, what becomes of their weights here, and how they are loaded."""
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +121,42 @@ def _transformers_dequantizes(method: str) -> bool:
     kinds = importlib.import_module("transformers.quantizers.auto").AUTO_QUANTIZATION_CONFIG_MAPPING
     kind = kinds.get(method)
     return kind is not None and "dequantize" in inspect.signature(kind.__init__).parameters
+
+
+def block_of(model_config: Any) -> tuple[int, int] | None:
+    """Return the rows and columns of an fp8 weight that share a scale; None without such blocks."""
+    block = _settings_of(model_config).get("weight_block_size")
+    return tuple(block) if block else None
+
+
+@functools.cache
+def check_blocks(weights: tuple[Path, ...], block: tuple[int, int]) -> None:
+    """Refuse fp8 weights that do not come out even in blocks, each of which has a scale.
+
+    transformers 5.24 divides such a weight into as many equal blocks as it has scales, and so
+    multiplies some values with another block's scale, in silence.
+
+    Raises:
+        ModelError: names the weight.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in weights:
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header.pop("__metadata__", None)
+            shapes |= {name: each["shape"] for name, each in header.items()}
+    for name, scales in shapes.items():
+        weight = name.removesuffix("_scale_inv")
+        sides = zip(shapes.get(weight, ())[-2:], scales[-2:], block, strict=False)
+        # A weight with blocks of its own (fp4) has another number of scales.
+        if weight != name and any(k > 1 and n % b and k == -(-n // b) for n, k, b in sides):
+            raise ModelError(
+                f"--model: the fp8 weight {weight} {tuple(shapes[weight])} does not come out even "
+                f"in blocks of {block}, and transformers would dequantize it wrongly. Give the "
+                "checkpoint that it was made from, or save a dequantized copy with the tool that "
+                "made it"
+            )
 
 
 def packed_bytes(skeleton: Any, quantization: Quantization, dtype: torch.dtype) -> int:

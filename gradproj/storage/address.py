@@ -100,6 +100,12 @@ class Address:
         return replace(self, key=self.key.rpartition("/")[0])
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether the address names a commit of the hub, whose files cannot change."""
+        revision = self.bucket.partition("@")[2]
+        return self.scheme == "hf" and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+    @property
     def origin(self) -> "Address":
         """The bucket alone."""
         return replace(self, key="")

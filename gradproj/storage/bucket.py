@@ -59,11 +59,14 @@ def _open(
     with explained(origin, ConfigError):
         if origin.scheme == "s3":
             return _s3(stores, origin, anonymous, options)
-        if origin.scheme == "gs":
-            return stores.GCSStore(origin.bucket, skip_signature=anonymous or None, **options)
-        if origin.scheme == "az":
+        if origin.scheme in ("gs", "az"):
+            if anonymous:
+                options["skip_signature"] = True
+            if origin.scheme == "gs":
+                _check_google(origin)
+                return stores.GCSStore(origin.bucket, **options)
             _check_azure(origin)
-            return stores.AzureStore(origin.bucket, skip_signature=anonymous or None, **options)
+            return stores.AzureStore(origin.bucket, **options)
         return _web(stores, origin, anonymous, options)
 
 
@@ -88,6 +91,12 @@ def _web(stores: Any, origin: Address, anonymous: bool, options: dict[str, Any])
             client["default_headers"] = {"Authorization": f"Bearer {token}"}
     client["allow_http"] = url.startswith("http://")
     return stores.HTTPStore.from_url(url, **options)
+
+
+def _check_google(origin: Address) -> None:
+    name = "GOOGLE_APPLICATION_CREDENTIALS"
+    if os.environ.get(name) and not os.path.isfile(os.environ[name]):
+        raise ConfigError(f"{origin}: {name} names no file; set it to a file of credentials")
 
 
 def _check_azure(origin: Address) -> None:

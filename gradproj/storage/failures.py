@@ -74,6 +74,8 @@ def reason_of(error: BaseException) -> Reason:
     status, code = _status(text), _code(text)
     if code in _OF_CODE:
         return _OF_CODE[code]
+    if "performing token request" in text:  # of the machine's own account, for want of another
+        return "credentials"
     if "specified bucket does not exist" in text:  # Google's words
         return "no bucket"
     if status == 409:  # obstore calls it AlreadyExistsError, as a 412

@@ -23,7 +23,7 @@ def pinned(address: Address) -> Address:
         CorpusError: there is no such repository or revision, or the hub cannot be reached.
     """
     kind, name, revision = _parts(address)
-    if _is_commit(revision):
+    if address.is_fixed:
         return address
     info = _ask(address, lambda api: api.repo_info(name, repo_type=kind, revision=revision))
     return replace(address, bucket=f"{kind}s/{name}@{info.sha}")
@@ -78,10 +78,6 @@ def _parts(address: Address) -> tuple[str, str, str]:
     kind, _, rest = address.bucket.partition("/")
     name, _, revision = rest.partition("@")
     return kind.removesuffix("s"), name, revision or "main"
-
-
-def _is_commit(revision: str) -> bool:
-    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
 
 
 def _endpoint() -> str:

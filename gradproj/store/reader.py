@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from gradproj.errors import ConfigError, StoreError, damaged
+from gradproj.storage.failures import explained
 from gradproj.store.column_reader import Columns
 from gradproj.store.head_view import HeadView
 from gradproj.store.layer_arrays import unpack_layers
@@ -311,7 +312,8 @@ class ProjectionStore:
                 "`python -m gradproj verify` to see all damage"
             )
         try:
-            return np.asarray(open_array(self.path / name)[...])
+            with explained(str(self.path / name)):
+                return np.asarray(open_array(self.path / name)[...])
         except (ValueError, TypeError, KeyError, RuntimeError) as error:  # zarr's, of damaged files
             raise damaged(self.path / name, f"zarr cannot read it ({error})") from error
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -137,3 +139,32 @@ def test_a_store_that_was_replaced_is_refused(output):
     metadata.write_text(json.dumps(content))
     with pytest.raises(StoreError, match="was replaced by another store"):
         answer(config(output), session)
+
+
+def test_the_wait_for_the_model_can_be_stopped(job):
+    session, ready, done = Session(str(job.output)), threading.Event(), threading.Event()
+
+    def hold():
+        with session.model():
+            ready.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    ready.wait(60)
+    with pytest.raises(Stop):
+        answer(config(job.output, score="dot"), session, watch=Record(n_steps=1))
+    done.set()
+    holder.join()
+    assert answer(config(job.output, score="dot"), session).rankings[0].top.n_scored > 1
+
+
+def test_threads_share_a_session(job):
+    session, flags = Session(str(job.output)), [{"score": "dot"}, {"tokens": True, "top_k": 2}]
+
+    def lines(one):
+        return list(json_lines(answer(config(job.output, **one), session)))
+
+    want = [lines(one) for one in flags]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lines, 3 * flags)) == 3 * want

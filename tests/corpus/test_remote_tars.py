@@ -10,6 +10,7 @@ from corpus.test_tar_scan import DAMAGE, FIELD, TARS, small_tar
 from helpers.corpora import document, plain_members, write_tar
 from helpers.http_files import http_files
 
+from gradproj.__main__ import main
 from gradproj.corpus.index import build_index
 from gradproj.corpus.index_file import load_index, open_corpus, save_index
 from gradproj.corpus.stream import read_documents, read_members
@@ -284,3 +285,23 @@ def test_a_server_without_ranges_is_read_through_the_cache(site, tars, tmp_path)
             assert contents(read_documents(cached, *part)) == contents(read_documents(local, *part))
     # A tar that is wanted whole is streamed; parts of others are read from the cache.
     assert [request.path for request in site.requests] == ["/2.tar"]
+
+
+# ---- the command
+
+
+def test_the_command_writes_an_index_beside_the_tars_once(folder, capsys, tmp_path):
+    argv = ["index", f"{folder}/{{0..3}}.tar"]
+    if folder.scheme == "http":
+        assert main(argv) == 2
+        assert "--index_file must be given: the tars lie where none is w" in capsys.readouterr().err
+        argv += ["--index_file", str(tmp_path / "corpus.json")]
+    for words in ("corpus.json written", "corpus.json is up to date"):
+        assert main(argv) == 0
+        assert words in capsys.readouterr().out
+    if folder.scheme == "s3":
+        # In parts, a tar of the same content has another etag.
+        content = read_object(folder / "0.tar")
+        write_object(folder / "0.tar", [content[:10], content[10:]])
+        assert main(argv) == 0
+        assert "corpus.json renewed: same corpus" in capsys.readouterr().out

@@ -46,7 +46,7 @@ class CountedStore:
         return sum(end - begin for begin, end in self.ranges)
 
     def get(self, key, options=None):
-        """As of obstore."""
+        """Get an object, as obstore's store does."""
         self.before_get(key)
         answer = self._store.get(key, options=options)
         with self._lock:

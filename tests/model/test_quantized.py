@@ -1,6 +1,7 @@
 """Quantized checkpoints: rows of layers that stay packed, what is dequantized, what is refused."""
 
 import importlib.util
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from helpers.quantized import (
     write_gguf,
 )
 from helpers.references import relative_error, sample_loss
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -210,6 +212,18 @@ def test_fp8_is_dequantized_to_its_exact_values(dtype, plain, tmp_path):
         # From float8 to bfloat16 transformers rounds the scale first.
         torch.testing.assert_close(weight.float(), exact[name], rtol=1e-2, atol=0)
         assert dtype == "bfloat16" or torch.equal(weight, exact[name])
+
+
+def test_fp8_weights_that_do_not_come_out_even_in_blocks_are_refused(plain, tmp_path):
+    quantize_fp8(plain, tmp_path / "fp8")
+    path = tmp_path / "fp8" / "model.safetensors"
+    tensors, name = load_file(path), "model.layers.0.mlp.up_proj.weight"
+    # 100 rows have four scales, of 32 rows each but the last: not of 25, as transformers reads it.
+    tensors[name] = tensors[name].view(torch.uint8)[:100].view(torch.float8_e4m3fn)
+    assert len(tensors[f"{name}_scale_inv"]) == 4
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{re.escape(name)} \(100, 64\) .* blocks of \(32, 32\)"):
+        load_model(files_of(tmp_path / "fp8"), CPU)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -362,13 +362,13 @@ def test_passes_of_texts_report_to_a_watch_that_may_end_them(dense):
     seen = []
 
     class Watch(AnswerWatch):
-        def advanced(self, n_done, n_total):
-            seen.append((n_done, n_total))
-            if n_total == 6:  # documents: three at either end
+        def advanced(self, n_done, n_total, what):
+            seen.append((n_total, what))
+            if (n_total, what) == (6, "texts"):  # documents: three at either end
                 raise KeyError("enough")
 
     config = replace(config, bottom_k=3)
     with pytest.raises(KeyError, match="enough"):
         answer(config, Session(config.output), watch=Watch())
-    assert seen[-1][1] == 6
+    assert seen[-1] == (6, "texts")
     assert answer(config, Session(config.output)).tokens is not None

@@ -110,6 +110,7 @@ def test_retries_end_at_the_deadline_and_other_errors_end_them_at_once():
         calls.clear()
         return retried(lambda: fails(text, n), FAST, sleep=slept.append)
 
+    assert reason_of(Conflict("performing token request: status code: 403")) == "credentials"
     assert run("status code: 409 Conflict", 3) == "done"
     assert len(slept) == 3
     assert 0 <= max(slept) <= FAST.longest_s
@@ -152,6 +153,21 @@ def test_anonymous_requests_carry_no_signature(monkeypatch):
             obstore.get(store, key).bytes()
         headers = [{name.lower() for name in request.headers} for request in site.requests]
     assert ["authorization" in names for names in headers] == [False, True]
+
+
+@pytest.mark.parametrize("anonymous", [True, False])
+def test_buckets_of_google_and_azure_open_with_what_names_them(anonymous, monkeypatch, tmp_path):
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    google, azure = Address.parse("gs://bucket/x"), Address.parse("az://container/x")
+    assert open_bucket(google, anonymous=anonymous)[1] == "x"
+    with pytest.raises(ConfigError, match="az://container: set AZURE_STORAGE_ACCOUNT_NAME"):
+        open_bucket(azure, anonymous=anonymous)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "absent.json"))
+    assert open_bucket(azure, anonymous=anonymous)[1] == "x"
+    with pytest.raises(ConfigError, match="GOOGLE_APPLICATION_CREDENTIALS names no file"):
+        open_bucket(google, anonymous=anonymous)
 
 
 def test_a_store_that_cannot_be_reached_is_one_line(monkeypatch):

@@ -90,7 +90,7 @@ def ask(question: Question) -> Asked:
     given = [f"--{x} {getattr(config, x)}" for x in ("queries", "contrast") if getattr(config, x)]
     source, head_bytes = " and ".join(given), query_head_bytes(store)
     check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
-    with session.lock:
+    with session.model():
         return Asked(session.projector(config, store).rows(queries), sets)
 
 

@@ -1,7 +1,8 @@
 """``Session``: an output kept open for many questions, and ``Question``, one of them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ from gradproj.analysis import Preconditioner, QuerySets
 from gradproj.analysis.preconditioner_cache import fit_cached, state_of
 from gradproj.analysis.preconditioner_file import identity_of
 from gradproj.analysis.scan import ScanOptions
-from gradproj.analysis.watch import ScanWatch
+from gradproj.analysis.watch import ScanWatch, present_watch
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.subjects import Subjects
 from gradproj.corpus.index import CorpusIndex
@@ -28,6 +29,7 @@ from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 
 T = TypeVar("T")
+_LOOK_AGAIN_S = 0.2
 _MOST_FITTED = 4
 """Curvatures kept: of a model with wide layers, one takes gigabytes."""
 
@@ -46,8 +48,7 @@ class Session:
 
     def __init__(self, output: str, process: Process | None = None) -> None:
         self.output, self.process = output, process or Process(0, 1, 0, 1)
-        self.lock = threading.RLock()
-        """Held by the thread that uses the model."""
+        self._model_lock, self._lock = threading.RLock(), threading.RLock()
         self._identity: dict[str, Any] | None = None
         self._kept: dict[tuple, Any] = {}
         self._fitted: dict[tuple, Preconditioner] = {}
@@ -59,7 +60,7 @@ class Session:
             StoreError: no store, a damaged one, or another one than at the first question.
         """
         store = ProjectionStore(self.output)
-        with self.lock:
+        with self._lock:
             self._identity = self._identity or identity_of(store)
         if self._identity != identity_of(store):
             raise StoreError(
@@ -69,15 +70,27 @@ class Session:
         return store
 
     def projector(self, config: QueryConfig, store: ProjectionStore) -> QueryProjector:
-        """Return the projector with its model loaded; hold ``lock`` while it works."""
+        """Return the projector with its model loaded, which works within ``model`` alone."""
 
         def load() -> QueryProjector:
             return QueryProjector(store, config_from(config), config.device, config.query_model)
 
         return self._keep(("projector", config.query_model, config.device), load)
 
+    @contextmanager
+    def model(self) -> Iterator[None]:
+        """Have the model for this thread alone; a watch may end the wait for it."""
+        watch = present_watch()
+        while not self._model_lock.acquire(timeout=_LOOK_AGAIN_S):
+            if watch is not None:
+                watch.advanced(0, 1, "questions before this one")
+        try:
+            yield
+        finally:
+            self._model_lock.release()
+
     def engine(self, config: QueryConfig, store: ProjectionStore) -> RecordedEngine:
-        """Return the job's model with its engine; hold ``lock`` while it works."""
+        """Return the job's model with its engine; it works within ``model`` alone."""
         if not config.query_model and not config.query_store:
             return self.projector(config, store).recorded
 
@@ -104,7 +117,7 @@ class Session:
     ) -> Preconditioner:
         """Return the curvature of all layers, fitted again once the store's rows have changed."""
         key = kind, state_of(store)
-        with self.lock:
+        with self._lock:
             fitted = self._fitted.pop(key, None) or fit_cached(store, kind, options, note)
             self._fitted[key] = fitted
             while len(self._fitted) > _MOST_FITTED:
@@ -112,7 +125,7 @@ class Session:
         return fitted
 
     def _keep(self, key: tuple, load: Callable[[], T]) -> T:
-        with self.lock:
+        with self._lock:
             if key not in self._kept:
                 self._kept[key] = load()
             return self._kept[key]

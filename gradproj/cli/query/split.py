@@ -49,7 +49,7 @@ def split_answer(
     if not config.tokens or session.process.rank or not ranking.top.n_scored:
         return None
     scan, projector = ranker.without_scan(config.dampings[0]), None
-    with session.lock:
+    with session.model():
         if not config.query_store and not config.makes_sets:
             projector = session.projector(config, store)
         made, index = session.engine(config, store), session.index(config)

@@ -268,7 +268,7 @@ class OutputExplorer:
     def _n_question(self, store: ProjectionStore, text: str) -> int:
         """Return how many characters of a document's text can be asked with."""
         config = Asked.of({"text": NAME}, 100).config(**asdict(self._inputs))
-        with self.session.lock:
+        with self.session.model():
             return self.session.projector(config, store).tokenizer.characters_that_fit(text)
 
     def status(self) -> dict[str, Any]:
