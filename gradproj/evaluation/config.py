@@ -50,6 +50,7 @@ class LdsConfig(Flags, title="experiment"):
         "OUTPUT of a job: its tars, model and tokenizer are those that are not given.",
         "",
         path="DIR",
+        remote=True,
         group="corpus",
     )
     output_dir: str = flag(

@@ -91,6 +91,14 @@ def test_a_second_query_reads_shards_and_columns_from_the_cache(
     assert "verify reads the bucket itself" in capsys.readouterr().err
 
 
+def test_a_query_store_may_lie_in_a_bucket(places, reading, capsys):
+    answers = []
+    for place in places:
+        assert main(["query", str(places[0]), "--query_store", str(place), "--device", "cpu"]) == 0
+        answers.append(MEASURED.sub("", capsys.readouterr().out.replace(str(place), "OUTPUT")))
+    assert answers[1].splitlines()[1:] == answers[0].splitlines()[1:]
+
+
 def test_a_cache_without_room_is_one_line(places, reading, tmp_path, capsys):
     flags = ["--text", TEXT, "--device", "cpu", "--cache_dir", str(tmp_path), "--cache_gb", "1e-7"]
     assert main(["query", str(places[1]), *flags]) == 2

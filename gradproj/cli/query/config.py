@@ -62,6 +62,7 @@ class QueryConfig(
         "--basis_from) and loss reduction; its documents are the queries.",
         "",
         path="DIR",
+        remote=True,
     )
     query_model: str = flag(
         "Another checkpoint of the same layers, shapes and token ids (a fine-tuned one, or a PEFT "
