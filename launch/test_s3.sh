@@ -14,7 +14,9 @@ weed=$VENV/bin/weed
 
 folder=$(mktemp -d)
 free_port() {
-    "$VENV/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    "$VENV/bin/python" -c '
+import socket
+print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'
 }
 answers() { # with 403, since the request has no signature
     "$VENV/bin/python" - "http://127.0.0.1:$port/" <<'END'
@@ -38,8 +40,12 @@ END
     -s3.port="$port" -s3.port.iceberg=0 -s3.port.lance=0 -s3.config="$folder/s3.json" \
     >"$folder/log" 2>&1 &
 server=$!
-# Its end in order takes half a minute, for data that nobody needs.
-trap 'kill -KILL "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; rm -rf "$folder"' EXIT
+end() { # its end in order takes half a minute, for files that nobody needs
+    kill -KILL "$server" 2>/dev/null || true
+    wait "$server" 2>/dev/null || true
+    rm -rf "$folder"
+}
+trap end EXIT
 for _ in $(seq 120); do
     kill -0 "$server" 2>/dev/null || fail "the S3 server has ended: $(tail -n 3 "$folder/log")"
     answers && ready=yes && break
