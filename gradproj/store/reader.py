@@ -31,13 +31,13 @@ _STATUS_ROWS = 2**18
 
 
 class ProjectionStore:
-    """A store on disk or in a bucket, read-only. ``len(store)`` counts all samples, with a row or without.
+    """A store on disk or in a bucket, read-only. ``len(store)`` counts all samples.
 
     Units that are not merged into the columns yet are read from their records, so an unfinished
     store can be read. Opening and reading never write or list files, and keep at most 64 mapped.
 
     Args:
-        path: the job's ``--output_dir``, or the ``projections.zarr`` in it.
+        path: the job's ``--output_dir``, or the ``projections.zarr`` in it; may be an address.
         read_text: from a sample id to its text, for ``samples``. Default: from the tars that the
             job recorded.
 
