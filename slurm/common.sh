@@ -85,6 +85,12 @@ run_job() {
     trap on_term TERM
     set_flags "$@"
     say "nodes $SLURM_JOB_NODELIST, output $OUTPUT_DIR"
+    # The rule by which a job is queued again reads logs and marks in the output's folder.
+    if [[ $OUTPUT_DIR == *"://"* ]]; then
+        say "an output in a bucket is for gradproj.run outside of Slurm; give --output_dir a" \
+            "shared folder, and copy it afterwards (gradproj copy); it is not queued again"
+        exit 2
+    fi
     command -v "$PYTHON" >/dev/null || {
         say "there is no Python at $PYTHON: bash launch/setup.sh makes it, or set PYTHON;" \
             "it is not queued again"

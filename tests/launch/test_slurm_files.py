@@ -153,6 +153,13 @@ def test_output_dir_flag_overrides_the_setting(tmp_path, flags):
     assert was_queued
 
 
+def test_output_in_a_bucket_is_refused_and_not_queued_again(tmp_path):
+    done, was_queued = run_sbatch(tmp_path, flags=["--output_dir", "s3://bucket/out"])
+    assert (done.returncode, was_queued) == (2, [])
+    assert "an output in a bucket is for gradproj.run outside of Slurm" in done.stdout
+    assert not (tmp_path / "s3:").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "starts"), [("project_pile.sbatch", 2), ("project_pile_array.sbatch", 2)]
 )
