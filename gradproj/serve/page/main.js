@@ -1,6 +1,6 @@
 // The page: its views, its permanent link, its theme.
 
-import { get, takeToken } from "./api.js";
+import { get, keepToken, takeToken } from "./api.js";
 import { Panel } from "./ask.js";
 import { questionOf, showDocument } from "./document.js";
 import { el } from "./dom.js";
@@ -24,8 +24,15 @@ function questionsOf(hash) {
   if (!text) return null;
   try {
     const made = JSON.parse(decodeURIComponent(text));
-    return Array.isArray(made) && made.length && made.every((x) => x && typeof x === "object") ? made.slice(0, 2) : null;
+    return Array.isArray(made) && made.length && made.every(isQuestion) ? made.slice(0, 2) : null;
   } catch { return null; }
+}
+
+function isQuestion(x) {
+  const texts = (list) => list === undefined || (Array.isArray(list) && list.every((one) => typeof one === "string"));
+  const text = (one) => one === undefined || typeof one === "string";
+  return x && typeof x === "object" && [x.text, x.prompt, x.completion, x.score].every(text) && texts(x.layers) && texts(x.domains) &&
+    (x.messages === undefined || (Array.isArray(x.messages) && x.messages.every((turn) => turn && typeof turn === "object")));
 }
 
 function keepLink() {
@@ -65,6 +72,7 @@ function askWith(panel, text) {
   const { messages: _, prompt: __, completion: ___, ...rest } = panel.question();
   panel.draw({ ...rest, text });
   panel.form.scrollIntoView({ block: "start" });
+  panel.fields.text.focus({ preventScroll: true });
   panel.ask();
 }
 
@@ -94,7 +102,7 @@ async function show(name) {
   }
   choice.parentElement.hidden = view === "ask" || outputs.length < 2;
   fail(null);
-  if (view === "ask") return;
+  if (view === "ask") { keepLink(); return; }
   const index = Number(choice.value || 0), place = document.getElementById(`view-${view}`), key = `${view} ${index}`;
   if (shown.get(view) === key && view !== "job") return;
   shown.set(view, key);
@@ -109,8 +117,14 @@ async function show(name) {
 }
 
 function followAddress() {
+  if (takeToken()) { location.reload(); return; }
+  if (!outputs.length) return;
   const questions = questionsOf(location.hash);
-  if (!questions) { show(location.hash.slice(1)); return; }
+  if (!questions) {
+    show(location.hash.slice(1));
+    if (location.hash.startsWith("#ask=")) fail(new Error("The address holds no question that can be read."));
+    return;
+  }
   drawAsk(questions); show("ask");
   panels.forEach((panel) => panel.ask());
 }
@@ -131,15 +145,26 @@ document.getElementById("theme").addEventListener("click", () => {
 
 // --- start ---
 
+// Asks for the token; the address keeps its question.
+function askForToken() {
+  const field = el("input", { type: "password", autocomplete: "off", size: 40 });
+  const form = el("form", { class: "row" }, el("label", {}, "Token ", field), el("button", { class: "primary", type: "submit" }, "Open"));
+  form.addEventListener("submit", (event) => { event.preventDefault(); keepToken(field.value); location.reload(); });
+  problem.after(form); field.focus();
+}
+
 takeToken();
+window.addEventListener("hashchange", followAddress);
 try {
   outputs = (await get("/api/outputs")).outputs;
   const bad = outputs.filter((output) => output.problem);
   outputs.forEach((output, i) => choice.append(el("option", { value: i }, output.title)));
   choice.addEventListener("change", () => show(view));
   drawAsk(questionsOf(location.hash) ?? [{ output: 0 }]);
-  window.addEventListener("hashchange", followAddress);
   followAddress();
   if (bad.length) fail(new Error(bad.map((output) => `${output.title}: ${output.problem}`).join("\n")));
-} catch (error) { fail(error); }
+} catch (error) {
+  fail(error);
+  if (error.status === 401) askForToken();
+}
 document.body.dataset.ready = "yes";
