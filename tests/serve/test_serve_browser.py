@@ -253,6 +253,21 @@ def test_the_link_is_there_again_after_another_view(visit):
     visitor.page.wait_for_url(link)
 
 
+def test_back_returns_to_the_question_before(visit):
+    visitor = visit()
+    links = []
+    for text in (QUESTION, "was it that"):
+        visitor.ask(text)
+        visitor.wait_for_answer()
+        links.append(visitor.page.url)
+    visitor.page.go_back()
+    visitor.page.wait_for_url(links[0])
+    visitor.wait_for_answer()
+    assert visitor.page.get_by_label("Text", exact=True).input_value() == QUESTION
+    visitor.page.go_forward()
+    visitor.page.wait_for_url(links[1])
+
+
 def test_a_page_without_its_token_asks_for_it_and_keeps_the_question(browser, made):
     token = "a.secret=16-or-more"
     with served(made, access={"token": token}) as (address, _):

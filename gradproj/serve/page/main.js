@@ -11,7 +11,7 @@ import { showStore } from "./store.js";
 const VIEWS = ["ask", "store", "map", "job"];
 const problem = document.getElementById("problem");
 const choice = document.getElementById("output");
-let outputs = [], panels = [], view = "", shown = new Map();
+let outputs = [], panels = [], view = "", shown = new Map(), isAskedAgain = false;
 
 function fail(error) {
   problem.textContent = error?.message ?? ""; problem.hidden = !error;
@@ -37,7 +37,11 @@ function isQuestion(x) {
 
 function keepLink() {
   const asked = panels.filter((panel) => panel.asked).map((panel) => panel.asked);
-  if (asked.length) history.replaceState(null, "", `#ask=${encodeURIComponent(JSON.stringify(asked))}`);
+  const link = `#ask=${encodeURIComponent(JSON.stringify(asked))}`;
+  if (!asked.length || location.hash === link) return;
+  // A new question after another: Back returns to that one.
+  const isNext = !isAskedAgain && location.hash.startsWith("#ask=");
+  history[isNext ? "pushState" : "replaceState"](null, "", link);
 }
 
 // --- questions ---
@@ -65,7 +69,14 @@ function drawAgain(two) {
   const first = panels[0].question(), hadAnswer = panels[0].asked;
   const second = { ...first, output: Math.min(1, outputs.length - 1) };
   drawAsk(two ? [first, second] : [first]);
-  if (hadAnswer) panels[0].ask();
+  if (hadAnswer) askAgain(panels.slice(0, 1));
+}
+
+// Asks what the address holds already.
+function askAgain(some) {
+  isAskedAgain = true;
+  some.forEach((panel) => panel.ask());
+  isAskedAgain = false;
 }
 
 function askWith(panel, text) {
@@ -126,7 +137,7 @@ function followAddress() {
     return;
   }
   drawAsk(questions); show("ask");
-  panels.forEach((panel) => panel.ask());
+  askAgain(panels);
 }
 
 // --- theme ---
