@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 2**20
+MAX_PATH = 2000
 BODY_WITHIN_S = 30.0
 """Seconds in which a request's body must have come."""
 OPEN_PATHS = ("/", "/healthz")
@@ -97,18 +98,20 @@ class Guard:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = (urlsplit(f"//{host}").hostname or "") if _is_plain(host) else ""
+        name = _name_of(host)
         if not self._knows(name):
             return _refused(421, f"this server does not answer for the host {name!r:.80}")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return _refused(403, "requests from pages of other sites are refused")
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _refused(403, "requests from pages of other sites are refused")
         path = scope["path"]
+        if len(path) > MAX_PATH:
+            return _refused(414, f"the path has more than {MAX_PATH:,} characters")
         is_open = path in OPEN_PATHS or path.startswith(FILES_PREFIX)
         if self._token and not is_open and not self._has_token(headers):
-            return _refused(401, "this server wants its token: open the address that it printed")
+            return _refused(401, "this server wants its token, which it printed or got by --token")
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and content_type != "application/json":
             # Other types may be sent by forms of any site.
@@ -126,6 +129,14 @@ class Guard:
         return kind.lower() == "bearer" and secrets.compare_digest(
             given.encode(), self._token.encode()
         )
+
+
+def _name_of(host: str) -> str:
+    """Return the name or address in a ``Host`` header; empty if it has none."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "") if _is_plain(host) else ""
+    except ValueError:  # brackets that hold no address
+        return ""
 
 
 def _is_plain(host: str) -> bool:

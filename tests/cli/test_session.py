@@ -168,3 +168,29 @@ def test_threads_share_a_session(job):
     want = [lines(one) for one in flags]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lines, 3 * flags)) == 3 * want
+
+
+def test_the_store_opens_while_a_model_loads_and_the_wait_for_it_can_be_ended(output):
+    session = Session(str(output))
+    loads, may_go = threading.Event(), threading.Event()
+
+    def load():
+        loads.set()
+        assert may_go.wait(60)
+        return "loaded"
+
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            loading = threads.submit(session._keep, ("slow",), load)
+            assert loads.wait(60)
+            assert len(threads.submit(session.open_store).result(10)) > 0
+
+            def ask():
+                with watching(Record(n_steps=1)):
+                    session.index(config(output))
+
+            with pytest.raises(Stop):
+                threads.submit(ask).result(10)
+        finally:
+            may_go.set()
+        assert loading.result(60) == "loaded"

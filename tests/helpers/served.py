@@ -11,14 +11,14 @@ from gradproj.serve.scans import ScanQueue
 
 
 @contextmanager
-def served(*outputs, **flags):
+def served(*outputs, access=None, **flags):
     """Serve outputs; yield the address and the queue of scans."""
     import uvicorn
 
     others = tuple(map(str, outputs[1:]))
     config = ServeConfig(output=str(outputs[0]), others=others, device="cpu", **flags)
     queue = ScanQueue(config.max_scans, config.max_queue, config.time_limit_s)
-    app = Server(explorers_of(config), queue).app(Access())
+    app = Server(explorers_of(config), queue).app(Access(**(access or {})))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     settings = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)

@@ -50,6 +50,7 @@ def client(lines=None, **access):
         ("LOCALHOST", True, 200), ("box.example", True, 200),
         ("evil.example", True, 421), ("evil.example:8765", False, 421), ("", True, 421),
         ("127.0.0.1.evil.example", True, 421), ("localhost@evil.example", True, 421),
+        ("[", True, 421), ("[::1", True, 421), ("[evil.example]", False, 421),
         ("192.168.1.7:8765", True, 421), ("192.168.1.7:8765", False, 200), ("a b", False, 421),
     ],
 )  # fmt: skip
@@ -65,6 +66,7 @@ def test_hosts_other_than_its_own_are_refused_against_dns_rebinding(host, local_
         ({"origin": "http://127.0.0.1:1"}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"sec_fetch_site": "cross-site"}, 403),
         ({"sec_fetch_site": "same-site"}, 403),
         ({"sec_fetch_site": "same-origin"}, 200),
@@ -112,6 +114,10 @@ def test_no_path_but_the_known_ones_is_found(path):
     status, _, body = client().get(path)
     assert status == 404
     assert json.loads(body)["message"] == "there is no such page"
+
+
+def test_a_long_path_is_refused_before_its_numbers_are_read():
+    assert client().get("/api/outputs/0/documents/" + "9" * 5000)[0] == 414
 
 
 @pytest.mark.parametrize("path", ["/", "/page/main.js", "/api/outputs", "/nothing", "/api/query"])

@@ -76,6 +76,7 @@ def test_an_interrupt_ends_it_with_one_line(output):
     ("flags", "message"),
     [
         ({"token": "short"}, "--token has fewer than 16 characters"),
+        ({"token": "sixteen letters, ü"}, "not ASCII"),
         ({"others": ("other",), "model": "m"}, "leave --model out"),
         ({"max_scans": 0}, "--max_scans"),
         ({"time_limit_s": 0}, "--time_limit_s"),

@@ -30,6 +30,8 @@ from gradproj.store import ProjectionStore
 
 T = TypeVar("T")
 _LOOK_AGAIN_S = 0.2
+WAITS = "waits for the model"
+"""Progress of a question that waits while another one loads, fits or uses the model."""
 _MOST_FITTED = 4
 """Curvatures kept: of a model with wide layers, one takes gigabytes."""
 
@@ -50,6 +52,8 @@ class Session:
         self.output, self.process = output, process or Process(0, 1, 0, 1)
         self._model_lock, self._lock = threading.RLock(), threading.RLock()
         self._identity: dict[str, Any] | None = None
+        # Its own: the store opens while another thread loads the model or fits a curvature.
+        self._identity_lock = threading.Lock()
         self._kept: dict[tuple, Any] = {}
         self._fitted: dict[tuple, Preconditioner] = {}
 
@@ -60,7 +64,7 @@ class Session:
             StoreError: no store, a damaged one, or another one than at the first question.
         """
         store = ProjectionStore(self.output)
-        with self._lock:
+        with self._identity_lock:
             self._identity = self._identity or identity_of(store)
         if self._identity != identity_of(store):
             raise StoreError(
@@ -80,14 +84,8 @@ class Session:
     @contextmanager
     def model(self) -> Iterator[None]:
         """Have the model for this thread alone; a watch may end the wait for it."""
-        watch = present_watch()
-        while not self._model_lock.acquire(timeout=_LOOK_AGAIN_S):
-            if watch is not None:
-                watch.advanced(0, 1, "questions before this one")
-        try:
+        with _held(self._model_lock):
             yield
-        finally:
-            self._model_lock.release()
 
     def engine(self, config: QueryConfig, store: ProjectionStore) -> RecordedEngine:
         """Return the job's model with its engine; it works within ``model`` alone."""
@@ -117,7 +115,7 @@ class Session:
     ) -> Preconditioner:
         """Return the curvature of all layers, fitted again once the store's rows have changed."""
         key = kind, state_of(store)
-        with self._lock:
+        with _held(self._lock):
             fitted = self._fitted.pop(key, None) or fit_cached(store, kind, options, note)
             self._fitted[key] = fitted
             while len(self._fitted) > _MOST_FITTED:
@@ -125,10 +123,23 @@ class Session:
         return fitted
 
     def _keep(self, key: tuple, load: Callable[[], T]) -> T:
-        with self._lock:
+        with _held(self._lock):
             if key not in self._kept:
                 self._kept[key] = load()
             return self._kept[key]
+
+
+@contextmanager
+def _held(lock: threading.RLock) -> Iterator[None]:
+    """Hold a lock; a watch may end the wait for it."""
+    watch = present_watch()
+    while not lock.acquire(timeout=_LOOK_AGAIN_S):
+        if watch is not None:
+            watch.advanced(0, 1, WAITS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class AnswerWatch(ScanWatch):

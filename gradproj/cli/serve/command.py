@@ -60,6 +60,8 @@ class ServeConfig(RecordedRunArgs, title="serve"):
         super().__post_init__()
         if self.token not in ("", "auto") and len(self.token) < MIN_TOKEN:
             raise ConfigError(f"--token has fewer than {MIN_TOKEN} characters; auto makes one")
+        if not all("!" <= c <= "~" for c in self.token):
+            raise ConfigError("--token has blanks or is not ASCII; auto makes one")
         moved = [f"--{x}" for x in ("model", "tokenizer", "shards") if getattr(self, x)]
         if self.others and moved:
             raise ConfigError(f"with several outputs, leave {moved[0]} out: it is of one")

@@ -4,11 +4,16 @@ const SECRET = "gradproj-token";
 
 // The token comes behind the address, #token=..., which no server sees, and is kept for this tab.
 export function takeToken() {
-  const found = /^#token=([\w-]+)/.exec(location.hash);
-  if (!found) return;
-  sessionStorage.setItem(SECRET, found[1]);
+  const found = /^#token=(.+)/.exec(location.hash);
+  if (!found) return false;
+  let token = found[1];
+  try { token = decodeURIComponent(token); } catch { /* a per cent sign of its own */ }
+  keepToken(token);
   history.replaceState(null, "", location.pathname);
+  return true;
 }
+
+export function keepToken(token) { sessionStorage.setItem(SECRET, token.trim()); }
 
 function headers(more = {}) {
   const token = sessionStorage.getItem(SECRET);
@@ -19,7 +24,7 @@ async function checked(response) {
   if (response.ok) return response;
   let message = `the server answered ${response.status}`;
   try { message = (await response.json()).message ?? message; } catch { /* no JSON */ }
-  throw new Error(message);
+  throw Object.assign(new Error(message), { status: response.status });
 }
 
 async function sent(path, options) {

@@ -32,7 +32,7 @@ export class Panel {
     this.draw(question);
   }
 
-  get output() { return this.outputs[Number(this.fields.output.value)]; }
+  get output() { return this.outputs[Number(this.fields.output.value)] ?? this.outputs[0]; }
 
   // Draws the form of a question, as the permanent link holds it.
   draw(question) {
@@ -65,7 +65,8 @@ export class Panel {
     const show = () => Object.entries(texts).forEach(([kind, part]) => { part.hidden = kind !== fields.kind.value; });
     fields.kind.addEventListener("change", show); show();
     fields.output.addEventListener("change", () => this.draw({ ...this.question(), score: undefined, domains: undefined }));
-    this.domains = facts.domains?.length ? domainChoice(facts.domains, question.domains) : null;
+    const domains = [...new Set([...(facts.domains ?? []), ...(question.domains ?? [])])];
+    this.domains = domains.length ? domainChoice(domains, question.domains) : null;
     this.form.replaceChildren(
       el("div", { class: "row" }, this.outputs.length > 1 && el("label", {}, "Output ", fields.output), el("label", {}, "Ask with ", fields.kind)),
       ...Object.values(texts),
@@ -117,7 +118,7 @@ export class Panel {
     try {
       const answer = await events("/api/query", { ...question, show_text: true }, stop.signal, (event) => this.take(event));
       this.show(answer.hits, true);
-      this.say(`${whole(answer.hits.length)} documents.`);
+      this.say(`${whole(answer.hits.length)} document${answer.hits.length === 1 ? "" : "s"}.`);
       this.about.append(...this.meaning(answer));
     } catch (error) {
       if (stop.signal.aborted) { if (this.stop === stop) this.say("Cancelled: these are the documents so far."); }
@@ -133,7 +134,9 @@ export class Panel {
   take(event) {
     if (event.event === "queued") this.say(`Waiting: ${whole(event.ahead)} ahead, ${whole(event.running)} running.`);
     if (event.event === "asked") this.query = event.queries[0];
-    if (event.event === "progress") {
+    if (event.event === "progress" && event.what === "waits for the model") {
+      this.say("Waiting for the model, which loads or works for another question ...");
+    } else if (event.event === "progress") {
       this.bar.value = event.done / Math.max(event.total, 1);
       const isDone = event.done >= event.total;
       this.say(isDone ? "Finishing ..." : `${whole(event.done)} of ${whole(event.total)} ${event.what === "texts" ? "texts for their tokens" : event.what}`);
@@ -178,6 +181,8 @@ export class Panel {
 
 function select(options, chosen) {
   const made = el("select", {}, options.map(([value, label]) => el("option", { value }, label)));
+  // A link may ask for what is not there: the server says so, rather than another answer being shown.
+  if (!options.some(([value]) => String(value) === String(chosen))) made.append(el("option", { value: chosen }, chosen));
   made.value = String(chosen);
   return made;
 }

@@ -80,7 +80,7 @@ function tokensOf(hit) {
         el("p", { class: "excerpt", dir: "auto" }, shaded(hit.query_tokens)), largestTokens(hit.query_tokens));
     }
     const difference = hit.recomputed_score - hit.score;
-    made.append(el("p", {}, `Recomputed score ${signed(hit.recomputed_score)}; the stored row differs by ${signed(difference)}.`));
+    made.append(el("p", {}, `Recomputed score ${signed(hit.recomputed_score)}; less that of the stored row: ${signed(difference)}.`));
     const layers = Object.entries(hit.layers).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, LARGEST_SHOWN);
     made.append(el("h4", {}, "Layers"), el("ul", {}, layers.map(([name, part]) => el("li", {}, `${name} ${signed(part)}`))));
   });
@@ -91,7 +91,7 @@ function matchesOf(hit) {
   if (!hit.text_matches) return [];
   if (!hit.text_matches.length) return [el("p", { class: "soft" }, "Shares no passage with the query.")];
   return [el("p", {}, "Shares ", hit.text_matches.map((match, number) => [
-    number > 0 && ", ", el("mark", {}, el("bdi", {}, match.text)), ` (in ${whole(match.documents)})`]).flat())];
+    number > 0 && ", ", el("mark", {}, el("bdi", {}, match.text)), ` (in ${whole(match.documents)} document${match.documents === 1 ? "" : "s"})`]).flat())];
 }
 
 // One document. `open` and `ask` are called with its id.

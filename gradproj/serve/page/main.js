@@ -1,6 +1,6 @@
 // The page: its views, its permanent link, its theme.
 
-import { get, takeToken } from "./api.js";
+import { get, keepToken, takeToken } from "./api.js";
 import { Panel } from "./ask.js";
 import { questionOf, showDocument } from "./document.js";
 import { el } from "./dom.js";
@@ -11,7 +11,7 @@ import { showStore } from "./store.js";
 const VIEWS = ["ask", "store", "map", "job"];
 const problem = document.getElementById("problem");
 const choice = document.getElementById("output");
-let outputs = [], panels = [], view = "", shown = new Map();
+let outputs = [], panels = [], view = "", shown = new Map(), isAskedAgain = false;
 
 function fail(error) {
   problem.textContent = error?.message ?? ""; problem.hidden = !error;
@@ -24,13 +24,24 @@ function questionsOf(hash) {
   if (!text) return null;
   try {
     const made = JSON.parse(decodeURIComponent(text));
-    return Array.isArray(made) && made.length && made.every((x) => x && typeof x === "object") ? made.slice(0, 2) : null;
+    return Array.isArray(made) && made.length && made.every(isQuestion) ? made.slice(0, 2) : null;
   } catch { return null; }
+}
+
+function isQuestion(x) {
+  const texts = (list) => list === undefined || (Array.isArray(list) && list.every((one) => typeof one === "string"));
+  const text = (one) => one === undefined || typeof one === "string";
+  return x && typeof x === "object" && [x.text, x.prompt, x.completion, x.score].every(text) && texts(x.layers) && texts(x.domains) &&
+    (x.messages === undefined || (Array.isArray(x.messages) && x.messages.every((turn) => turn && typeof turn === "object")));
 }
 
 function keepLink() {
   const asked = panels.filter((panel) => panel.asked).map((panel) => panel.asked);
-  if (asked.length) history.replaceState(null, "", `#ask=${encodeURIComponent(JSON.stringify(asked))}`);
+  const link = `#ask=${encodeURIComponent(JSON.stringify(asked))}`;
+  if (!asked.length || location.hash === link) return;
+  // A new question after another: Back returns to that one.
+  const isNext = !isAskedAgain && location.hash.startsWith("#ask=");
+  history[isNext ? "pushState" : "replaceState"](null, "", link);
 }
 
 // --- questions ---
@@ -58,13 +69,21 @@ function drawAgain(two) {
   const first = panels[0].question(), hadAnswer = panels[0].asked;
   const second = { ...first, output: Math.min(1, outputs.length - 1) };
   drawAsk(two ? [first, second] : [first]);
-  if (hadAnswer) panels[0].ask();
+  if (hadAnswer) askAgain(panels.slice(0, 1));
+}
+
+// Asks what the address holds already.
+function askAgain(some) {
+  isAskedAgain = true;
+  some.forEach((panel) => panel.ask());
+  isAskedAgain = false;
 }
 
 function askWith(panel, text) {
   const { messages: _, prompt: __, completion: ___, ...rest } = panel.question();
   panel.draw({ ...rest, text });
   panel.form.scrollIntoView({ block: "start" });
+  panel.fields.text.focus({ preventScroll: true });
   panel.ask();
 }
 
@@ -94,7 +113,7 @@ async function show(name) {
   }
   choice.parentElement.hidden = view === "ask" || outputs.length < 2;
   fail(null);
-  if (view === "ask") return;
+  if (view === "ask") { keepLink(); return; }
   const index = Number(choice.value || 0), place = document.getElementById(`view-${view}`), key = `${view} ${index}`;
   if (shown.get(view) === key && view !== "job") return;
   shown.set(view, key);
@@ -109,10 +128,16 @@ async function show(name) {
 }
 
 function followAddress() {
+  if (takeToken()) { location.reload(); return; }
+  if (!outputs.length) return;
   const questions = questionsOf(location.hash);
-  if (!questions) { show(location.hash.slice(1)); return; }
+  if (!questions) {
+    show(location.hash.slice(1));
+    if (location.hash.startsWith("#ask=")) fail(new Error("The address holds no question that can be read."));
+    return;
+  }
   drawAsk(questions); show("ask");
-  panels.forEach((panel) => panel.ask());
+  askAgain(panels);
 }
 
 // --- theme ---
@@ -131,15 +156,26 @@ document.getElementById("theme").addEventListener("click", () => {
 
 // --- start ---
 
+// Asks for the token; the address keeps its question.
+function askForToken() {
+  const field = el("input", { type: "password", autocomplete: "off", size: 40 });
+  const form = el("form", { class: "row" }, el("label", {}, "Token ", field), el("button", { class: "primary", type: "submit" }, "Open"));
+  form.addEventListener("submit", (event) => { event.preventDefault(); keepToken(field.value); location.reload(); });
+  problem.after(form); field.focus();
+}
+
 takeToken();
+window.addEventListener("hashchange", followAddress);
 try {
   outputs = (await get("/api/outputs")).outputs;
   const bad = outputs.filter((output) => output.problem);
   outputs.forEach((output, i) => choice.append(el("option", { value: i }, output.title)));
   choice.addEventListener("change", () => show(view));
   drawAsk(questionsOf(location.hash) ?? [{ output: 0 }]);
-  window.addEventListener("hashchange", followAddress);
   followAddress();
   if (bad.length) fail(new Error(bad.map((output) => `${output.title}: ${output.problem}`).join("\n")));
-} catch (error) { fail(error); }
+} catch (error) {
+  fail(error);
+  if (error.status === 401) askForToken();
+}
 document.body.dataset.ready = "yes";

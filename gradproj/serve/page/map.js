@@ -15,18 +15,18 @@ export async function showMap(place, index, output, open) {
     if (event.event === "queued") news.textContent = `Waiting: ${event.ahead} ahead.`;
     if (event.event === "progress") news.textContent = `${whole(event.done)} of ${whole(event.total)} ${event.what} read.`;
   });
-  new DocumentMap(place, answer.map, news, open);
+  new DocumentMap(place, answer.map, output, news, open);
 }
 
 class DocumentMap {
-  constructor(place, data, news, open) {
+  constructor(place, data, output, news, open) {
     this.data = data; this.news = news; this.open = open; this.hovered = -1; this.only = null;
     this.canvas = el("canvas", { id: "map-canvas", tabindex: 0, role: "application",
       "aria-label": "Map of documents: arrows move, plus and minus zoom, 0 shows all; the documents in view are listed below" });
     this.list = el("ol", {});
     const [first, second] = data.explained.map((x) => `${(100 * x).toFixed(1)} %`);
     place.append(
-      el("p", { class: "soft" }, `${whole(data.ids.length)} documents at random, each row at length 1 in the score's metric: the two directions in which they differ most (${first} and ${second} of the squared distances).`),
+      el("p", { class: "soft" }, `${data.ids.length < output.rows ? `${whole(data.ids.length)} documents at random` : `All ${whole(data.ids.length)} documents with a row`}, each row at length 1 in the score's metric: the two directions in which they differ most (${first} and ${second} of the squared distances).`),
       el("div", { class: "row" }, [["Closer", 1.5], ["Farther", 1 / 1.5]].map(([label, factor]) => el("button", { type: "button", onclick: () => this.zoom(factor) }, label)),
         el("button", { type: "button", onclick: () => this.all() }, "Show all"),
         el("button", { type: "button", onclick: () => this.canvas.toBlob((blob) => download("map.png", blob)) }, "Save picture")),
