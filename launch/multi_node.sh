@@ -3,9 +3,9 @@
 # of them.
 #   NODES=4 HEAD=node1 bash launch/multi_node.sh --shards pile/tars --model DIR --output_dir out
 # HEAD is one of the machines, by a name that all of them reach. Tars, model and --output_dir must
-# be the same shared folders everywhere. (With Slurm: slurm/project_pile.sbatch. Machines that come
-# and go need no common start at all: call launch/one_node.sh on each with one --output_dir, and
-# they share the work.)
+# be the same shared folders everywhere; tars and --output_dir may also be addresses in a bucket.
+# (With Slurm: slurm/project_pile.sbatch. Machines that come and go need no common start at all:
+# call launch/one_node.sh on each with one --output_dir, and they share the work.)
 set -euo pipefail
 
 # ---- Settings; each can be given in the environment as well.
