@@ -47,8 +47,8 @@ class Quantization:
         of = f"to {self.name}, on load" if self.on_load else self.name
         if self.stays_packed:
             return (
-                f"{of}: linear layers stay packed, and each product unpacks one "
-                "(--dequantize: all, once)"
+                f"{of}: linear layers stay packed, fused experts and the head do not; each product "
+                "unpacks one (--dequantize: all, once)"
             )
         return f"{of}: weights are dequantized on load"
 

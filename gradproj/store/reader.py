@@ -31,13 +31,13 @@ _STATUS_ROWS = 2**18
 
 
 class ProjectionStore:
-    """A store on disk, read-only. ``len(store)`` counts all samples, with a row or without.
+    """A store on disk or in a bucket, read-only. ``len(store)`` counts all samples.
 
     Units that are not merged into the columns yet are read from their records, so an unfinished
     store can be read. Opening and reading never write or list files, and keep at most 64 mapped.
 
     Args:
-        path: the job's ``--output_dir``, or the ``projections.zarr`` in it.
+        path: the job's ``--output_dir``, or the ``projections.zarr`` in it; may be an address.
         read_text: from a sample id to its text, for ``samples``. Default: from the tars that the
             job recorded.
 
@@ -116,13 +116,11 @@ class ProjectionStore:
         """Return a lazy array ``(N, k_o, k_i)`` of one layer, which reads what is indexed."""
         layer = self._layer(name)
 
-        def read(ids: Sequence[int] | np.ndarray) -> np.ndarray:
-            return self.rows(ids, [name])
-
         def scan(height: int | None, start: int, stop: int | None) -> Iterator[Any]:
             return self.scan(height, [name], start, stop)
 
-        return LayerView((len(self), layer.k_o, layer.k_i), read, scan)
+        shape = len(self), layer.k_o, layer.k_i
+        return LayerView(shape, lambda ids: self.rows(ids, [name]), scan)
 
     @cached_property
     def head(self) -> HeadView | None:
