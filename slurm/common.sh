@@ -86,7 +86,7 @@ run_job() {
     set_flags "$@"
     say "nodes $SLURM_JOB_NODELIST, output $OUTPUT_DIR"
     # The rule by which a job is queued again reads logs and marks in the output's folder.
-    if [[ $OUTPUT_DIR == *"://"* ]]; then
+    if [[ $OUTPUT_DIR =~ ^[a-z0-9]+:/ ]]; then
         say "an output in a bucket is for gradproj.run outside of Slurm; give --output_dir a" \
             "shared folder, and copy it afterwards (gradproj copy); it is not queued again"
         exit 2

@@ -86,6 +86,10 @@ class FileCache:
             with ObjectStream(address, facts) as stream, open(part, "r+b") as file:
                 while data := stream.read(_COPY_BYTES):
                     file.write(data)
+                # The part has its full size already: after a crash of the machine, one that was
+                # not flushed could be zeros under the object's name.
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, path)
 
     def _make_room(self, n_bytes: int, part: Path) -> None:

@@ -31,6 +31,8 @@ _OF_CODE: dict[str, Reason] = {
     "InvalidToken": "credentials", "AuthorizationHeaderMalformed": "region",
     "AuthFailure": "credentials", "AuthenticationFailed": "credentials",
     "RequestTimeTooSkewed": "credentials", "InvalidClientTokenId": "credentials",
+    # Azure's word for a refused If-None-Match: a 409, which elsewhere is neither yes nor no.
+    "BlobAlreadyExists": "exists",
     "AccessDenied": "denied", "PermanentRedirect": "region",
     "SlowDown": "unavailable", "RequestTimeout": "unavailable",
 }  # fmt: skip

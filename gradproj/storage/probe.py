@@ -10,6 +10,7 @@ from gradproj.errors import StoreError
 from gradproj.storage.object_path import ObjectPath
 
 PROBE_DIR = "probe"
+_TRIES = 5
 
 
 def check_conditional_writes(folder: Path) -> None:
@@ -21,21 +22,24 @@ def check_conditional_writes(folder: Path) -> None:
     """
     if not isinstance(folder, ObjectPath):
         return
-    while True:
+    # Another start may delete the object at any moment, as a leftover of a dead one. That can look
+    # as if the store did not keep its promises, so it is asked again.
+    n_broken = 0
+    while n_broken < _TRIES:
         path = folder / PROBE_DIR / secrets.token_hex(8)
         try:
-            keeps = _keeps_promises(path)
-            break
-        except FileNotFoundError:  # another start has deleted it as a leftover of a dead one
+            if _keeps_promises(path):
+                return
+            n_broken += 1
+        except FileNotFoundError:
             continue
         finally:
             path.unlink(missing_ok=True)
-    if not keeps:
-        raise StoreError(
-            f"{folder}: this store overwrites objects although a write forbids it (If-None-Match, "
-            "If-Match), so rows could be lost. Give --output_dir a store with conditional writes: "
-            "S3, GCS, Azure, R2, MinIO, SeaweedFS"
-        )
+    raise StoreError(
+        f"{folder}: this store overwrites objects although a write forbids it (If-None-Match, "
+        "If-Match), so rows could be lost. Give --output_dir a store with conditional writes: "
+        "S3, GCS, Azure, R2, MinIO, SeaweedFS"
+    )
 
 
 def _keeps_promises(path: ObjectPath) -> bool:

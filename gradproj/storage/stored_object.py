@@ -8,16 +8,23 @@ import io
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from gradproj.errors import StoreError
 from gradproj.storage.address import Address
+from gradproj.storage.bucket import open_bucket
 from gradproj.storage.failures import explained, reason_of
-from gradproj.storage.retry import retried
+from gradproj.storage.retry import POLICY, RetryPolicy, retried
 
 T = TypeVar("T")
 Version = dict[str, str]
 """Names a version of an object in a condition: its etag, on Google's stores its generation."""
+
+
+_LARGE_BYTES = 2**23
+_UPLOADING = replace(POLICY, stall_s=600.0, deadline_s=1200.0)
+"""For large bodies: the client's time without an answer runs while it still sends."""
 
 
 class Unchanged(Exception):
@@ -161,7 +168,7 @@ class StoredObject:
     def put(self, chunks: Iterable[Any]) -> None:
         """Write the object, whatever is there."""
         data = _joined(chunks)
-        self._ask(lambda: self.store.put(self.key, data, use_multipart=False))
+        self._send(data)
 
     def put_if_absent(self, chunks: Iterable[Any]) -> bool:
         """Write the object unless there is one. Returns whether this call wrote it.
@@ -178,10 +185,16 @@ class StoredObject:
     def _put_if(self, chunks: Iterable[Any], mode: Any) -> bool:
         data = _joined(chunks)
         try:
-            self._ask(lambda: self.store.put(self.key, data, mode=mode, use_multipart=False))
+            self._send(data, mode=mode)
         except (Unchanged, FileNotFoundError):
             return False
         return True
+
+    def _send(self, data: Any, **options: Any) -> None:
+        store, policy = self.store, tuple[RetryPolicy, ...]()
+        if len(data) > _LARGE_BYTES and getattr(store, "client_options", None):  # not in memory
+            store, policy = open_bucket(self.address, policy=_UPLOADING)[0], (_UPLOADING,)
+        self._ask(lambda: store.put(self.key, data, use_multipart=False, **options), *policy)
 
     def delete(self) -> None:
         """Delete the object, if there is one."""
@@ -193,10 +206,10 @@ class StoredObject:
     def _missing(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
 
-    def _ask(self, action: Callable[[], T]) -> T:
+    def _ask(self, action: Callable[[], T], *policy: RetryPolicy) -> T:
         with explained(self.address):
             try:
-                return retried(action)
+                return retried(action, *policy)
             except Exception as error:
                 reason = reason_of(error)
                 if reason == "missing":

@@ -44,7 +44,8 @@ def find_store(path: str | Path) -> Path:
         remote = isinstance(path, ObjectPath) or is_remote(str(path))
         path = path_of(path) if remote else Path(local_path(str(path)))
     except ConfigError as error:
-        raise StoreError(f"{path} {error}") from error
+        # An address may hold a secret; its errors name it without.
+        raise StoreError(str(error) if remote else f"{path} {error}") from error
     for candidate in (path / STORE_NAME, path):
         if (candidate / "zarr.json").is_file():
             return candidate

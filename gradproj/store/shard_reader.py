@@ -11,6 +11,7 @@ import zarr
 from gradproj.errors import StoreError
 from gradproj.storage.byte_ranges import AHEAD_BYTES, RangeCache
 from gradproj.storage.contents import keep_ahead
+from gradproj.storage.failures import explained
 from gradproj.storage.object_path import READING, ObjectPath
 from gradproj.store.fetched_shard import FetchedShard
 from gradproj.store.layout import StoreLayout
@@ -176,10 +177,11 @@ class Shards:
         return self._maps.get((self.layout.array, unit), load)
 
     def _read_with_zarr(self, rows: slice | np.ndarray, selection: Selection) -> np.ndarray:
-        if self._array is None:
-            self._array = open_array(self._folder)
         try:
-            parts = [self._array.oindex[rows, slice(*span)] for span in selection.ranges]
+            with explained(str(self._folder)):
+                if self._array is None:
+                    self._array = open_array(self._folder)
+                parts = [self._array.oindex[rows, slice(*span)] for span in selection.ranges]
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"cannot decode rows of {self._folder}: {error}. Run `python -m gradproj verify`"

@@ -114,3 +114,14 @@ def test_what_a_killed_process_left_is_fetched_again_and_makes_room(cache, objec
     assert not list(cache.folder.glob("*.part"))  # it made room
     assert content(cache, objects[0]) == site.files["/a"]
     assert held(cache) <= cache.max_bytes
+
+
+def test_an_object_is_on_disk_before_it_has_its_name(cache, objects, monkeypatch):
+    flushed, named = [], []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    rename = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (named.append(os.stat(a).st_ino in flushed), rename(a, b))
+    )
+    content(cache, objects[0])
+    assert named == [True]

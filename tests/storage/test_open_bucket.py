@@ -1,6 +1,12 @@
 """The client of remote stores: credentials, retries, and errors in one line without a secret."""
 
+import re
+import socket
 import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import obstore
 import pytest
@@ -11,6 +17,7 @@ from gradproj.storage.address import Address
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.failures import explained, reason_of
 from gradproj.storage.retry import RetryPolicy, retried
+from gradproj.storage.stored_object import StoredObject
 
 FAST = RetryPolicy(first_s=0.01, longest_s=0.05, deadline_s=30.0, tries=4, stall_s=1.0)
 
@@ -55,6 +62,7 @@ def test_a_missing_bucket_is_told_from_a_missing_object(bucket):
         (401, "", "credentials"),
         (301, "<Error><Code>PermanentRedirect</Code></Error>", "region"),
         (409, "", "conflict"),
+        (409, "<Error><Code>BlobAlreadyExists</Code></Error>", "exists"),
         (503, "<Error><Code>SlowDown</Code></Error>", "unavailable"),
         (500, "", "unavailable"),
         (429, "", "unavailable"),
@@ -91,6 +99,44 @@ def test_a_request_is_repeated_until_it_succeeds(fault):
         got = obstore.get(store, key, options={"range": (1000, 1_000_000)}).bytes()
         assert got == content[1000:1_000_000]
         assert len(site.gets()) == 2
+
+
+@contextmanager
+def slow_receiver(bytes_per_s):
+    """A server that takes the bodies of requests slowly, and then answers 200; yields its URL."""
+
+    def receive(connection):
+        with connection, suppress(OSError):
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += connection.recv(2**16)
+            head, _, body = data.partition(b"\r\n\r\n")
+            left = int(re.search(rb"content-length: (\d+)", head.lower())[1]) - len(body)
+            while left:
+                n_bytes = len(connection.recv(2**18))
+                left = left - n_bytes if n_bytes else 0
+                time.sleep(n_bytes / bytes_per_s)
+            connection.sendall(b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: 0\r\n\r\n')
+
+    def accept():
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=receive, args=server.accept()[:1], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30.0)
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_large_body_may_take_longer_to_send_than_a_stall(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    address = Address("s3", "bucket", "x")
+    with slow_receiver(bytes_per_s=8e6) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        store = open_bucket(address, policy=replace(FAST, stall_s=0.5, tries=1))[0]
+        assert StoredObject(store, address).put_if_absent([bytes(12_000_000)])
 
 
 def test_retries_end_at_the_deadline_and_other_errors_end_them_at_once():

@@ -82,6 +82,23 @@ def test_the_probe_leaves_nothing(memory):
     assert memory.walk_files() == []
 
 
+def test_a_probe_that_another_start_deletes_is_no_broken_promise(memory):
+    class Deleting:
+        n_created = 0
+
+        def __getattr__(self, name):
+            return getattr(memory.store, name)
+
+        def put(self, key, data, mode=None, **options):
+            if mode == "create":
+                self.n_created += 1
+                if self.n_created == 2:
+                    delete_tree(memory / "probe")
+            return memory.store.put(key, data, **({"mode": mode} if mode else {}), **options)
+
+    check_conditional_writes(ObjectPath(Deleting(), memory.address))
+
+
 @pytest.mark.parametrize("ignored", ["create", "match"])
 def test_a_store_that_ignores_conditions_is_refused(memory, ignored):
     class Careless:

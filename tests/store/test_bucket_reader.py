@@ -7,11 +7,12 @@ import pytest
 from helpers.buckets import CountedStore, copy_into, memory_path
 from helpers.reader_laws import ReaderLaws
 from helpers.stores import PACKED_CHUNKS, READER_CASES, Output, packed
+from obstore.exceptions import PermissionDeniedError
 
 from gradproj.__main__ import main
 from gradproj.errors import StoreError
 from gradproj.storage.byte_ranges import RangeCache, joined
-from gradproj.store import ProjectionStore
+from gradproj.store import ProjectionStore, shard_reader
 from gradproj.store.layout import StoreLayout
 
 CASES = [
@@ -153,6 +154,19 @@ def test_a_shard_that_changes_during_a_scan_is_an_error_with_its_name(counted, c
         list(store.scan())
 
 
+def test_a_refused_read_of_compressed_rows_is_one_line(tmp_path, monkeypatch):
+    output = READER_CASES["zstd bfloat16"](tmp_path)
+    store = ProjectionStore(copy_into(output.path, memory_path("out")))
+
+    def refuse(path):
+        raise PermissionDeniedError("status code: 400 <Code>ExpiredToken</Code>\nsecret")
+
+    monkeypatch.setattr(shard_reader, "open_array", refuse)
+    with pytest.raises(StoreError, match="the credentials have expired") as error:
+        store.rows([0])
+    assert "secret" not in str(error.value)
+
+
 def test_ranges_are_joined():
     begins, ends = np.array([10, 0, 30, 12, 100]), np.array([12, 5, 40, 20, 101])
     assert joined(begins, ends) == [(0, 5), (10, 20), (30, 40), (100, 101)]
@@ -183,6 +197,7 @@ def test_a_failed_request_is_made_again_by_the_next_reader():
         ("s3://there-is-none/out", "no such bucket"),
         ("BUCKET/out", "there is no store at"),
         ("https://example.org/out", "outputs lie on disk or in a bucket"),
+        ("s3://user:secret@bucket/out", "credentials do not belong in an address"),
     ],
 )
 def test_a_store_that_is_not_there_is_one_line(bucket, capsys, place, message):
@@ -191,5 +206,6 @@ def test_a_store_that_is_not_there_is_one_line(bucket, capsys, place, message):
         assert main([command[0], place, *command[1:]]) == 2
         printed = capsys.readouterr()
         assert message in printed.err
+        assert "secret" not in printed.err
         assert printed.err.startswith("gradproj: ")
         assert printed.err.count("\n") == 1
