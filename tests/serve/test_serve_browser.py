@@ -271,9 +271,10 @@ def test_back_returns_to_the_question_before(visit):
 def test_a_page_without_its_token_asks_for_it_and_keeps_the_question(browser, made):
     token = "a.secret=16-or-more"
     with served(made, access={"token": token}) as (address, _):
-        page = browser.new_page()
+        page = browser.new_page(viewport={"width": 390, "height": 700})
         page.goto(f"{address}#ask={json.dumps([{'text': QUESTION, 'tokens': False}])}")
         page.get_by_label("Token").fill(token)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.keyboard.press("Enter")
         page.locator(".hit").first.wait_for()
         other = browser.new_page()

@@ -158,7 +158,7 @@ document.getElementById("theme").addEventListener("click", () => {
 
 // Asks for the token; the address keeps its question.
 function askForToken() {
-  const field = el("input", { type: "password", autocomplete: "off", size: 40 });
+  const field = el("input", { type: "password", autocomplete: "off", size: 20 });
   const form = el("form", { class: "row" }, el("label", {}, "Token ", field), el("button", { class: "primary", type: "submit" }, "Open"));
   form.addEventListener("submit", (event) => { event.preventDefault(); keepToken(field.value); location.reload(); });
   problem.after(form); field.focus();
