@@ -23,6 +23,7 @@ import torch
 from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish
+from gradproj.coordinator.slurm_marks import note_progress
 from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import report_errors_from_rank_0
@@ -137,10 +138,11 @@ def compute(
 
 
 def commit(queue: UnitQueue, projected: ProjectedUnit) -> None:
-    """Write a unit to disk and log it. The Slurm scripts count these lines."""
+    """Write a unit to the output and log it."""
     rows = projected.on_host()
     if queue.commit(rows):
         log.info("unit %d committed: %s", rows.record.unit, rows.record.stats)
+        note_progress(queue.output, queue.owner)
 
 
 if __name__ == "__main__":
