@@ -48,6 +48,8 @@ run_step() {
     local code
     "$@" &
     step=$!
+    # A signal before the line above had nobody to go to. Sent twice at once it counts as one.
+    [[ -z $drained ]] || kill -USR1 "$step" 2>/dev/null
     while :; do
         wait "$step"
         code=$?
