@@ -4,13 +4,21 @@ Each rank claims a unit, reads it, projects it and commits it. Nothing in this l
 but among the ranks that hold one model together (``--ranks_per_model``).
 """
 
-from gradproj.distributed import Process, Rendezvous, choose_device, launcher_died, launcher_rank
+from gradproj.distributed import (
+    Process,
+    Rendezvous,
+    choose_device,
+    launcher_died,
+    launcher_rank,
+    quieten_torch,
+)
 from gradproj.job.shutdown import StopRequest, leave  # isort: split
 
 from gradproj.store.layout import HEARTBEATS_DIR
 
 if __name__ == "__main__":
     # The imports below take seconds, in which a signal may come or the launcher may die.
+    quieten_torch()
     early = StopRequest().attend(launcher_rank(), launcher_died)
 
 import functools
