@@ -236,8 +236,8 @@ def test_job_without_a_shared_disk_goes_on_after_a_crash_and_a_drain(
     """Tars and output lie in a bucket. The ranks are killed (-9), then the job is told to stop."""
     copy_into(inputs.shards, path_of(f"{bucket}/tars"))
     job = submit(
-        cluster, inputs, tmp_path / "job", JOB, ON_TWO_NODES[JOB],
-        shards=f"{bucket}/tars", OUTPUT_DIR=f"{bucket}/out", RESTARTS=0, secret=s3_server.environment,
+        cluster, inputs, tmp_path / "job", JOB, ON_TWO_NODES[JOB], secret=s3_server.environment,
+        shards=f"{bucket}/tars", OUTPUT_DIR=f"{bucket}/out", RESTARTS=0,
     )  # fmt: skip
     (number,) = job.elements
     job.wait_for_gate(1)
