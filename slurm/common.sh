@@ -123,7 +123,7 @@ end_if_cancelled() {
 end_unless_told_to_go_on() {
     local code=$1
     ((code != 3)) || return 0
-    say "${VERDICT:-the state of the output cannot be told (code $code); it is not queued again}"
+    say "${VERDICT:-the output cannot be read (code $code), see above; it is not queued again}"
     exit "$code"
 }
 

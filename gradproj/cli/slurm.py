@@ -24,7 +24,7 @@ class SlurmConfig(Flags, title="slurm"):
         None,
         metavar="CODE",
     )
-    drained: bool = flag("The batch script was told to stop.", False)
+    drained: bool = flag("The batch script received a signal to stop.", False)
 
 
 def slurm_command(argv: list[str]) -> int:

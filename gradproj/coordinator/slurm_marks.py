@@ -27,7 +27,7 @@ class SlurmMarks:
 
     output: Path
     job_id: str
-    """As in ``JobName``."""
+    """Its name, of ``JobName``."""
 
     def has(self, mark: str) -> bool:
         """Return whether a mark is set: one request in a bucket."""

@@ -1,4 +1,4 @@
-"""Whether a Slurm job is queued again after a start: the rule of ``slurm/common.sh``.
+"""The rule of ``slurm/common.sh``: whether a Slurm job is queued again after a start.
 
 It reads the store and the job's marks (``coordinator/slurm_marks.py``), on disk or in a bucket.
 """
@@ -20,7 +20,7 @@ STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1)}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the batch script does next, and why."""
+    """The batch script's next step, and why."""
 
     exit_code: int
     """``ENDED``, ``GAVE_UP`` or ``GO_ON``."""
@@ -45,9 +45,9 @@ def end_start(output: Path, job_id: str, code: int, drained: bool = False) -> Ve
 
     Args:
         output: of the job; there may be no store yet.
-        job_id: as in ``JobName``.
+        job_id: its name, of ``JobName``.
         code: exit code of the ranks; that of ``slurm/torchrun.py``.
-        drained: the batch script was told to stop (preemption, time limit, requeue).
+        drained: the batch script received a signal to stop (preemption, time limit).
     """
     marks = SlurmMarks(output, job_id)
     if _is_complete(output):

@@ -233,7 +233,7 @@ def test_job_stopped_preempted_requeued_and_losing_a_node_gives_the_same_bits(
 def test_job_without_a_shared_disk_goes_on_after_a_crash_and_a_drain(
     cluster, inputs, tmp_path, bucket, s3_server
 ):
-    """Tars and output lie in a bucket. The ranks are killed (-9), then the job is told to stop."""
+    """Tars and output lie in a bucket. The ranks are killed (-9); then the script gets USR1."""
     copy_into(inputs.shards, path_of(f"{bucket}/tars"))
     job = submit(
         cluster, inputs, tmp_path / "job", JOB, ON_TWO_NODES[JOB], secret=s3_server.environment,
