@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, cast
 from gradproj.errors import GradprojError, StoreError
 from gradproj.storage.address import WRITABLE, Address
 from gradproj.storage.bucket import open_bucket
-from gradproj.storage.failures import explained, reason_of
+from gradproj.storage.failures import RETRIED, explained, reason_of
 from gradproj.storage.retry import POLICY, RetryPolicy, retried
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class StoredObject(Address):
             return cast(dict[str, Any], self.store.head(self.key))
         except Exception as error:
             reason = reason_of(error)
-            if reason in ("missing", "unavailable"):
+            if reason == "missing" or reason in RETRIED:
                 raise
             if not self.is_writable:  # a web server that answers no HEAD; the body is not read
                 return cast(dict[str, Any], self.store.get(self.key).meta)
@@ -250,7 +250,7 @@ class StoredObject(Address):
     def _ask(self, action: Callable[[], T], policy: RetryPolicy = POLICY) -> T:
         with explained(self, self.kind):
             try:
-                return retried(action, policy)
+                return retried(action, self, policy)
             except Exception as error:
                 reason = reason_of(error)
                 if reason == "missing":
