@@ -5,12 +5,15 @@ An address names a place and nothing else. Credentials in it are refused, and no
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from posixpath import normpath
+from typing import Self
 from urllib.parse import quote, unquote
 
 from gradproj.errors import ConfigError
 
+WRITABLE = ("s3", "gs", "az")
+"""Schemes of stores that can be written to: they have conditional writes."""
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _REMOTE = re.compile(r"(hf(?=://)|s3|gs|az|https?):/{1,2}", re.IGNORECASE)
 _HUB = re.compile(r"(datasets|models|spaces|buckets)/([^/@]+/[^/@]+)(?:@([^/]+))?$")
@@ -29,8 +32,7 @@ def is_remote(text: str) -> bool:
 class Address:
     """A remote object or the common beginning of several. ``str`` gives the address back.
 
-    It has the parts of ``pathlib.Path`` that code for either kind of place needs: ``name``,
-    ``suffix``, ``parent``, ``/``, ``with_name``, ``is_relative_to`` and ``relative_to``.
+    Its names are those of ``pathlib.PurePath``, as far as gradproj needs them.
     """
 
     scheme: str
@@ -81,8 +83,18 @@ class Address:
         )
         return f"{self.scheme}://{self.bucket}{'/' if key else ''}{key}"
 
-    def __truediv__(self, name: str) -> "Address":
-        return replace(self, key=_clean(f"{self.key}/{name}", self.scheme))
+    def of_bucket(self, key: str) -> Self:
+        """Return the address of another key of the same bucket."""
+        return replace(self, key=key)
+
+    def __truediv__(self, name: str) -> Self:
+        if str(name) in ("", "."):
+            return self
+        return self.of_bucket(_clean(f"{self.key}/{name}", self.scheme))
+
+    def joinpath(self, *names: str) -> Self:
+        """Return the address with further parts."""
+        return self / "/".join(map(str, names))
 
     @property
     def name(self) -> str:
@@ -90,14 +102,33 @@ class Address:
         return self.key.rpartition("/")[2]
 
     @property
-    def suffix(self) -> str:
-        """The end of the name, with its dot: ``.tar``."""
-        return Path(self.name).suffix
+    def stem(self) -> str:
+        """The name without its last suffix."""
+        return PurePosixPath(self.name).stem
 
     @property
-    def parent(self) -> "Address":
-        """The address without its name."""
-        return replace(self, key=self.key.rpartition("/")[0])
+    def suffix(self) -> str:
+        """The end of the name, with its dot: ``.tar``."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> Self:
+        """The address without its name; the bucket itself is its own parent."""
+        return self.of_bucket(self.key.rpartition("/")[0])
+
+    @property
+    def parents(self) -> tuple[Self, ...]:
+        """All folders above, the nearest first."""
+        above, path = [], self
+        while path.key:
+            path = path.parent
+            above.append(path)
+        return tuple(above)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the address is of a store that takes objects."""
+        return self.scheme in WRITABLE
 
     @property
     def is_fixed(self) -> bool:
@@ -108,31 +139,37 @@ class Address:
     @property
     def origin(self) -> "Address":
         """The bucket alone."""
-        return replace(self, key="")
+        return Address(self.scheme, self.bucket)
 
-    def of_bucket(self, key: str) -> "Address":
-        """Return the address of another key of the same bucket."""
-        return replace(self, key=key)
-
-    def resolve(self) -> "Address":
-        """Return the address: there are no links."""
+    def resolve(self) -> Self:
+        """Return the address: there are no links, and no relative ones."""
         return self
 
-    def with_name(self, name: str) -> "Address":
+    absolute = expanduser = resolve
+
+    def as_posix(self) -> str:
+        """Return the address as text."""
+        return str(self)
+
+    def with_name(self, name: str) -> Self:
         """Return the address with another name in the same folder."""
         return self.parent / name
 
-    def is_relative_to(self, folder: "Location") -> bool:
+    def with_suffix(self, suffix: str) -> Self:
+        """Return the address with another last suffix."""
+        return self.with_name(PurePosixPath(self.name).with_suffix(suffix).name)
+
+    def is_relative_to(self, folder: object) -> bool:
         """Return True if the address lies below ``folder``."""
         if not isinstance(folder, Address) or folder.origin != self.origin:
             return False
         return not folder.key or self.key == folder.key or self.key.startswith(folder.key + "/")
 
-    def relative_to(self, folder: "Location") -> str:
-        """Return the key's part below ``folder``."""
+    def relative_to(self, folder: "Location") -> PurePosixPath:
+        """Return the key's part below ``folder``; a ValueError if it is not there."""
         if not isinstance(folder, Address) or not self.is_relative_to(folder):
             raise ValueError(f"{self} is not below {folder}")
-        return self.key[len(folder.key) :].lstrip("/")
+        return PurePosixPath(self.key[len(folder.key) :].lstrip("/"))
 
 
 Location = Path | Address

@@ -80,7 +80,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     from gradproj.corpus.stream import read_documents
     from gradproj.corpus.tar.paths import list_tars
     from gradproj.storage.address import Address
-    from gradproj.storage.listing import write_object
+    from gradproj.storage.object_path import object_at
     from gradproj.storage.stream import ObjectStream
 
     print_machine("obstore")
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     client = botocore.session.Session().create_client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket=bucket.bucket)
     for tar in sorted(local.glob("*.tar")):
-        write_object(bucket / "tars" / tar.name, tar)
+        object_at(bucket / "tars" / tar.name).put([tar.read_bytes()])
     places = {"disk": str(local), "bucket": str(bucket / "tars")}
     n_bytes = sum(tar.stat().st_size for tar in local.glob("*.tar"))
     print(

@@ -25,7 +25,7 @@ COMMANDS = {
     "report": ["--device", "cpu"],
 }
 """In this order: later ones need the files of earlier ones."""
-MEASURED = re.compile(r"(in )?\d+(\.\d+)? s\b( \(\S+ MB/s\))?|\d+(\.\d+)? [kMG]?B of memory")
+MEASURED = re.compile(r"(in )?[\d.]+ s\b( \(\S+ MB/s\))?|[\d.]+ [kMG]?B( of memory|; open)")
 
 
 @pytest.fixture(scope="module")

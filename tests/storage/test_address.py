@@ -67,6 +67,6 @@ def test_an_address_behaves_like_a_path():
     assert tar.parent == folder / "b"
     assert tar.with_name("d.tar") == folder / "b/d.tar"
     assert tar.is_relative_to(folder)
-    assert tar.relative_to(folder) == "b/c.tar"
+    assert str(tar.relative_to(folder)) == "b/c.tar"
     assert not tar.is_relative_to(Address.parse("s3://bucket/a/bb"))
     assert not tar.is_relative_to(Path("a"))

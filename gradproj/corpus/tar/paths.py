@@ -11,7 +11,9 @@ from gradproj.errors import ConfigError, CorpusError
 from gradproj.flags.paths import local_path
 from gradproj.storage import hub
 from gradproj.storage.address import Address, Location, is_remote
-from gradproj.storage.listing import glob_objects, has_magic, list_folder, read_object
+from gradproj.storage.folders import read_or_none
+from gradproj.storage.listing import glob_objects, has_magic, list_folder
+from gradproj.storage.object_path import opened
 
 INDEX_NAME = "corpus.json"
 """The corpus index: beside the tars, and in an output directory."""
@@ -205,7 +207,7 @@ class _Remote:
         return tars
 
     def _of_list_file(self, address: Address) -> list[Address]:
-        content = read_object(address)
+        content = read_or_none(opened(address))
         if content is None:
             raise CorpusError(f"{self._given}: the list file {address} does not exist")
         found: list[Address] = []
