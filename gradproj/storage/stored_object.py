@@ -72,12 +72,16 @@ class StoredObject:
         meta = self.meta()
         return None if meta is None else _version(meta)
 
-    def names(self, *, folders_only: bool = False) -> list[str]:
-        """Return the names in this folder, sorted. One request for each 1,000 of them."""
+    def names(self, *, folders_only: bool = False, min_bytes: int = 0) -> list[str]:
+        """Return the names in this folder, sorted. One request for each 1,000 of them.
+
+        ``min_bytes``: size of the smallest objects that are returned.
+        """
         found = self._ask(lambda: self.store.list_with_delimiter(self._prefix()))
         keys = list(found["common_prefixes"])
         if not folders_only:
-            keys += self._without_own(meta["path"] for meta in found["objects"])
+            large = (meta["path"] for meta in found["objects"] if meta["size"] >= min_bytes)
+            keys += self._without_own(large)
         return sorted({key.rstrip("/").rpartition("/")[2] for key in keys})
 
     def keys_below(self) -> list[str]:
