@@ -271,8 +271,7 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     """Append this rank's log to ``logs/rank-00000.log``.
 
     Under Slurm the job's id is part of the name (``logs/rank-00000-slurm-70_1.log``): jobs of an
-    array run on different machines and would overwrite each other's lines, and the batch script
-    looks there for what its own job has done.
+    array run on different machines and would overwrite each other's lines.
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
     handler = log_file(output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log", owner.name)

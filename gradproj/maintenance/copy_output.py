@@ -61,7 +61,7 @@ class Copied:
     """Units that the source has not computed yet."""
 
 
-def copy_output(source: str, to: str, read_back: bool = True) -> Copied:
+def copy_output(source: str | Path, to: str, read_back: bool = True) -> Copied:
     """Copy an output; a second call continues a killed one, or adds what is new.
 
     Args:
