@@ -88,11 +88,14 @@ class StoredObject(Address):
         found = self._ask(lambda: self.store.list_with_delimiter(self._prefix()))
         return list(found["common_prefixes"]), self._without_own(found["objects"])
 
-    def names(self, *, folders_only: bool = False) -> list[str]:
-        """Return the names in this folder, sorted."""
+    def names(self, *, folders_only: bool = False, min_bytes: int = 0) -> list[str]:
+        """Return the names in this folder, sorted.
+
+        ``min_bytes``: size of the smallest objects that are returned.
+        """
         keys, objects = self.listing()
         if not folders_only:
-            keys += [meta["path"] for meta in objects]
+            keys += [meta["path"] for meta in objects if meta["size"] >= min_bytes]
         return sorted({key.rstrip("/").rpartition("/")[2] for key in keys})
 
     def keys_below(self) -> list[str]:

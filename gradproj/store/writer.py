@@ -83,6 +83,13 @@ def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview
     yield tail + crc32c(tail).to_bytes(4, "little")
 
 
+def free_shard(layout: StoreLayout, mark: bytes) -> bytes:
+    """Return a shard without any row, which begins with ``mark``: to readers all are missing."""
+    return mark + b"".join(
+        shard_chunks(np.empty((0, layout.stored_width), layout.stored_dtype), layout)
+    )
+
+
 def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndarray:
     """Split up to ``chunk_rows`` rows into chunks ``(n_across, chunk_rows, chunk_width)``."""
     shape = (n_across, layout.chunk_rows, layout.chunk_width)

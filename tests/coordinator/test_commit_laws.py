@@ -227,4 +227,4 @@ def test_requests_of_a_unit():
     queue.commit(fake_rows(layout, next(units)))
     store.requests.clear()
     queue.commit(fake_rows(layout, next(units)))
-    assert store.requests == {"put": 4, "list": 3, "get": 2, "head": 7, "delete": 2}
+    assert store.requests == {"put": 4, "list": 3, "get": 3, "head": 7, "delete": 2}
