@@ -1,7 +1,7 @@
 // One document, in a dialog.
 
 import { get } from "./api.js";
-import { el, number, whole } from "./dom.js";
+import { el, number, signed, whole } from "./dom.js";
 import { DocumentText } from "./text.js";
 
 const dialog = document.getElementById("document");
@@ -20,11 +20,11 @@ export async function showDocument(index, id, hit, ask) {
     const text = new DocumentText(found, hit ?? {}, part);
     if (!found.problem) await text.begin();
     body.replaceChildren(
-      el("p", { class: "facts" }, hit && el("span", { class: "score" }, `score ${number(hit.score)}`),
+      el("p", { class: "facts" }, hit && el("span", { class: "score" }, `score ${signed(hit.score)}`),
         el("bdi", { class: "name" }, found.domain ?? "no domain"), el("span", {}, `loss ${number(found.loss)}`),
         el("span", {}, `${whole(found.n_tokens)} target tokens`), el("span", {}, found.status), el("bdi", { class: "name" }, found.key)),
       found.problem ? el("p", { class: "problem" }, found.problem) : text.element);
-    const question = found.text.slice(0, found.n_question);
+    const question = beginning(found);
     if (question.trim()) close.before(el("button", { type: "button", class: "primary", onclick: () => { dialog.close(); ask(question); } }, "Ask with this document"));
   } catch (error) {
     body.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message));
@@ -34,5 +34,8 @@ export async function showDocument(index, id, hit, ask) {
 export async function questionOf(index, id) {
   const found = await get(pathOf(index, id));
   if (found.problem) throw new Error(found.problem);
-  return found.text.slice(0, found.n_question);
+  return beginning(found);
 }
+
+// What can be asked with; in characters, not in the units of a string.
+function beginning(found) { return [...found.text].slice(0, found.n_question).join(""); }

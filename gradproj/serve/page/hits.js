@@ -96,8 +96,10 @@ function tokensOf(hit) {
 function matchesOf(hit) {
   if (!hit.text_matches) return [];
   if (!hit.text_matches.length) return [el("p", { class: "soft" }, "Shares no passage with the query.")];
-  return [el("p", {}, "Shares ", hit.text_matches.map((match, number) => [
-    number > 0 && ", ", el("mark", {}, el("bdi", {}, match.text)), ` (in ${whole(match.documents)} document${match.documents === 1 ? "" : "s"})`]).flat())];
+  const longer = hit.text_matches.filter((match) => match.tokens > 1), shown = longer.length ? longer : hit.text_matches;
+  const passages = shown.map((match, number) => [
+    number > 0 && ", ", el("mark", {}, el("bdi", {}, match.text)), ` (in ${whole(match.documents)} document${match.documents === 1 ? "" : "s"})`]).flat();
+  return [longer.length ? el("p", {}, "Shares ", passages) : el("p", { class: "soft" }, "Shares single tokens alone: ", passages)];
 }
 
 // One document. `open` is called with it, `ask` with its id.

@@ -148,7 +148,7 @@ class DocumentMap {
 
   // The wheel and one finger move the page, so that the map can be scrolled past.
   listen() {
-    let moved = false;
+    let moved = false, before = null;
     const canvas = this.canvas, fingers = this.fingers;
     const place = (event) => [event.offsetX, event.offsetY];
     canvas.addEventListener("wheel", (event) => {
@@ -157,7 +157,7 @@ class DocumentMap {
     }, { passive: false });
     canvas.addEventListener("touchmove", (event) => { if (event.touches.length > 1) event.preventDefault(); }, { passive: false });
     canvas.addEventListener("pointerdown", (event) => {
-      if (!fingers.size) moved = false;
+      if (!fingers.size) [moved, before] = [false, [this.middle, this.span]];
       fingers.set(event.pointerId, place(event)); canvas.setPointerCapture(event.pointerId);
     });
     canvas.addEventListener("pointermove", (event) => {
@@ -174,12 +174,15 @@ class DocumentMap {
       this.drag(from, to, other);
     });
     const lift = (event) => {
-      if (!fingers.delete(event.pointerId) || fingers.size || moved || event.type !== "pointerup") return;
+      if (!fingers.delete(event.pointerId) || fingers.size || moved) return;
       const found = this.nearest(event);
       if (found >= 0) this.open(this.data.ids[found]);
     };
     canvas.addEventListener("pointerup", lift);
-    canvas.addEventListener("pointercancel", lift);
+    canvas.addEventListener("pointercancel", (event) => { // the finger scrolls the page
+      if (fingers.delete(event.pointerId)) [this.middle, this.span] = before;
+      this.draw();
+    });
     canvas.addEventListener("keydown", (event) => {
       const moves = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1] }[event.key];
       if (moves) { this.middle = this.middle.map((m, i) => m + moves[i] * this.span[i]); this.draw(); }

@@ -5,15 +5,15 @@ import { around, largestPart, shaded, shadedToken, shadeLegend } from "./hits.js
 
 const CHARACTERS_AROUND = 300;
 const PIECE = 10000; // of text without a token, which `clean` would cut
-const LEAST_MARKED = 3; // a shorter passage is found everywhere
 
 // Places are in characters, as the server counts them: code points, not the units of a string.
 export class DocumentText {
   // `found` is the server's document with its beginning; `part(start)` gets more of its text.
   constructor(found, hit, part) {
     this.found = found; this.part = part;
-    this.tokens = hit.tokens ?? []; this.matches = hit.text_matches ?? [];
+    this.tokens = hit.tokens ?? []; this.matches = (hit.text_matches ?? []).filter((match) => match.tokens > 1);
     this.start = 0; this.characters = [...found.text];
+    this.size = Math.max(this.characters.length, 1); // of a part of the text
     this.text = el("div", { class: "excerpt", dir: "auto", tabindex: 0, role: "region", "aria-label": "Text" });
     this.earlier = el("button", { type: "button", onclick: () => this.extend(-1) });
     this.later = el("button", { type: "button", onclick: () => this.extend(1) });
@@ -51,13 +51,12 @@ export class DocumentText {
   at(from, to) { return this.characters.slice(from - this.start, to - this.start).join(""); }
 
   async extend(direction) {
-    const size = this.found.text.length || PIECE;
     if (direction > 0) {
       if (this.to === this.end) this.characters.push(...await this.part(this.end));
       this.to = this.end;
     } else {
       if (this.from === this.start) {
-        const start = Math.max(0, this.start - size);
+        const start = Math.max(0, this.start - this.size);
         this.characters.unshift(...[...await this.part(start)].slice(0, this.start - start));
         this.start = start;
       }
@@ -105,7 +104,7 @@ export class DocumentText {
     const found = [];
     for (const { text: passage } of this.matches) {
       const wanted = passage.trim(), length = [...wanted].length;
-      if (length < LEAST_MARKED) continue;
+      if (!length) continue;
       let start = 0, last = 0; // the same place in characters, and in the string's units
       for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, last)) {
         start += [...text.slice(last, at)].length;
