@@ -26,7 +26,8 @@ FAR_INSIDE = r"""async () => {
   const state = () => ({
     range: [shown.from, shown.to],
     is_the_text: shown.text.textContent === whole.slice(shown.from, shown.to).join(""),
-    tokens: texts("[title]").join(""), marks: [...new Set(texts("mark"))], parsed: texts("b").length });
+    tokens: texts("[title]").join(""), marks: [...new Set(texts("mark"))],
+    parsed: texts("b").length });
   await shown.begin();
   const states = [state()];
   for (const direction of [-1, 1, -1, -1, -1]) {

@@ -96,6 +96,9 @@ class PartialAnswers(AnswerWatch):
         self._progress.advanced(n_done, n_total, what)
         self._hits.is_at_end = self._progress.is_at_end
 
+    def scanned(self) -> None:
+        self._control.leave_place()
+
     def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
         if self._subjects is None or not self._hits.is_due():
             return
