@@ -29,6 +29,7 @@ class Match:
     text: str
     n_documents: int
     """Documents that hold its rarest n-gram."""
+    n_tokens: int
 
 
 Matches = dict[tuple[int, int], list[Match]]

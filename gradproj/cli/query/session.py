@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.watch import ScanWatch, present_watch
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.subjects import Subjects
+from gradproj.cli.query.turns import LOOK_AGAIN_S, Place, Turns
 from gradproj.corpus.index import CorpusIndex
 from gradproj.distributed import Process
 from gradproj.errors import StoreError
@@ -29,7 +30,6 @@ from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 
 T = TypeVar("T")
-_LOOK_AGAIN_S = 0.2
 WAITS = "waits for the model"
 """Progress of a question that waits while another one loads, fits or uses the model."""
 _MOST_FITTED = 4
@@ -45,12 +45,12 @@ class Session:
     These are the model with its engine, the curvatures, the tokenizer, and the index of the tars.
     The store itself is opened again for each question, in milliseconds: an answer counts the rows
     that a running job has added. Threads may share a session: the model works for one of them
-    at a time, and their scans run side by side.
+    at a time, in ``Turns``, and their scans run side by side.
     """
 
     def __init__(self, output: str, process: Process | None = None) -> None:
         self.output, self.process = output, process or Process(0, 1, 0, 1)
-        self._model_lock, self._lock = threading.RLock(), threading.RLock()
+        self._turns, self._lock = Turns(), threading.RLock()
         self._identity: dict[str, Any] | None = None
         # Its own: the store opens while another thread loads the model or fits a curvature.
         self._identity_lock = threading.Lock()
@@ -81,11 +81,14 @@ class Session:
 
         return self._keep(("projector", config.query_model, config.device), load)
 
-    @contextmanager
-    def model(self) -> Iterator[None]:
+    def model(self, place: Place | None = None) -> AbstractContextManager[None]:
         """Have the model for this thread alone; a watch may end the wait for it."""
-        with _held(self._model_lock):
-            yield
+        return self._turns.turn(place, _waits)
+
+    def parts(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return ``model`` for work of many parts, between which other threads have the model."""
+        place = self._turns.place()
+        return lambda: self.model(place)
 
     def engine(self, config: QueryConfig, store: ProjectionStore) -> RecordedEngine:
         """Return the job's model with its engine; it works within ``model`` alone."""
@@ -132,14 +135,18 @@ class Session:
 @contextmanager
 def _held(lock: threading.RLock) -> Iterator[None]:
     """Hold a lock; a watch may end the wait for it."""
-    watch = present_watch()
-    while not lock.acquire(timeout=_LOOK_AGAIN_S):
-        if watch is not None:
-            watch.advanced(0, 1, WAITS)
+    while not lock.acquire(timeout=LOOK_AGAIN_S):
+        _waits()
     try:
         yield
     finally:
         lock.release()
+
+
+def _waits() -> None:
+    watch = present_watch()
+    if watch is not None:
+        watch.advanced(0, 1, WAITS)
 
 
 class AnswerWatch(ScanWatch):
@@ -147,6 +154,9 @@ class AnswerWatch(ScanWatch):
 
     def asked(self, subjects: Subjects, damping: float | str | None) -> None:
         """The queries are projected; the first scan's scores are of them, by this damping."""
+
+    def scanned(self) -> None:
+        """The scans are over; what follows works on listed documents alone, with the model."""
 
 
 @dataclass(frozen=True)
