@@ -163,7 +163,8 @@ class ObjectCommits(Commits):
             theirs = read_or_none(self._prepared(slot, found))
             # In this order: what was prepared is deleted once the record exists.
             if theirs is None:
-                return self._lost(slot, final)
+                self._lost(slot, final)
+                return None
             prepared = theirs
         return _split(prepared)
 

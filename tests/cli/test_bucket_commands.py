@@ -147,7 +147,7 @@ def test_a_cache_without_room_is_one_line(places, reading, tmp_path, capsys):
 def test_an_output_in_a_public_bucket_is_read_without_credentials(
     places, s3_module, reading, name, tmp_path, monkeypatch, capsys
 ):
-    bucket = places[1].address.bucket
+    bucket = places[1].bucket
     statement = {"Effect": "Allow", "Principal": "*", "Action": "s3:*"}
     statement["Resource"] = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
     policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
