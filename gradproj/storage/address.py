@@ -11,16 +11,13 @@ from typing import Self
 from urllib.parse import quote, unquote
 
 from gradproj.errors import ConfigError
+from gradproj.flags.paths import check_no_secret, without_secret
 
 WRITABLE = ("s3", "gs", "az")
 """Schemes of stores that can be written to: they have conditional writes."""
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _REMOTE = re.compile(r"(hf(?=://)|s3|gs|az|https?):/{1,2}", re.IGNORECASE)
 _HUB = re.compile(r"(datasets|models|spaces|buckets)/([^/@]+/[^/@]+)(?:@([^/]+))?$")
-_SECRET_QUERY = re.compile(
-    r"(x-amz-|x-goog-|signature|credential|token|sig=|sv=|awsaccesskeyid|key=|password)",
-    re.IGNORECASE,
-)
 
 
 def is_remote(text: str) -> bool:
@@ -53,22 +50,12 @@ class Address:
         """
         match = _REMOTE.match(text)
         if match is None:
-            raise ConfigError(f"{text!r} is no address; give one such as s3://bucket/folder")
+            raise ConfigError(
+                f"{without_secret(text)!r} is no address; give one such as s3://bucket/folder"
+            )
+        check_no_secret(text)
         scheme, rest = match[1].lower(), text[match.end() :]
         bucket, _, key = rest.partition("/")
-        if "@" in bucket:
-            raise ConfigError(
-                f"an address {scheme}://...@{_shown(bucket.rpartition('@')[2])}: credentials do "
-                "not belong in an address; give them where the store's own tools find them "
-                "(environment, profile)"
-            )
-        key, question, query = key.partition("?") if scheme.startswith("http") else (key, "", "")
-        if question:
-            kind = "a signature or token" if _SECRET_QUERY.search(query) else "a query"
-            raise ConfigError(
-                f"{scheme}://{bucket}/{_shown(key)}?...: an address with {kind} (?...) is not "
-                "taken: it may be secret and may expire. Give the address without it"
-            )
         if scheme == "hf":
             bucket, key = _hub(bucket, key)
         if not bucket:
@@ -200,7 +187,3 @@ def _hub(kind: str, rest: str) -> tuple[str, str]:
             "a repository of the hub"
         )
     return repository, "/".join(parts[2:])
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "..."

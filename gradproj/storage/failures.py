@@ -46,6 +46,7 @@ _OF_STATUS: dict[int, Reason] = {
     301: "region", 307: "region", 401: "credentials", 403: "denied", 404: "missing",
     408: "unavailable", 409: "conflict", 412: "changed", 416: "range", 429: "unavailable",
 }  # fmt: skip
+_NO_NETWORK = re.compile(r"provider: (?:EndpointConnection|Connect\w*|ReadTimeout)Error")
 _PASSING = ("error sending request", "body error", "error decoding response", "timed out")
 _WORDS: dict[Reason, str] = {
     "missing": "there is no such object; check the address",
@@ -79,6 +80,8 @@ def reason_of(error: BaseException) -> Reason:
     status, code = _status(text), _code(text)
     if code in _OF_CODE:
         return _OF_CODE[code]
+    if "External AWS credential provider" in text:  # botocore renews them, and failed to
+        return "unavailable" if _NO_NETWORK.search(text) else "expired"
     if "performing token request" in text:  # of the machine's own account, for want of another
         return "credentials"
     if "specified bucket does not exist" in text:  # Google's words

@@ -19,7 +19,7 @@ from gradproj.storage.failures import RETRIED, Reason, reason_of
 T = TypeVar("T")
 
 NOTICE_S = 10.0
-"""A request that fails for longer is said to wait, once an outage."""
+"""A request that fails for longer is reported as waiting, once an outage."""
 FIRST_S = 10.0
 """Stores that cannot be reached are given up after so long if none has answered this process yet:
 then an address or the endpoint is wrong rather than the store down."""
@@ -78,7 +78,7 @@ POLICY = RetryPolicy()
 
 @dataclass
 class _Seen:
-    """What this process has seen of all stores."""
+    """Answers and outages that this process has seen, of all stores."""
 
     answer: bool = False
     outage: bool = False
@@ -89,7 +89,7 @@ _SEEN = _Seen()
 
 
 class Patience:
-    """What one request that may be repeated knows of its attempts."""
+    """The attempts at one request that may be repeated: how long to wait for the next one."""
 
     def __init__(
         self,

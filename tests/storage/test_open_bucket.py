@@ -158,6 +158,9 @@ def test_retries_end_at_the_deadline_and_other_errors_end_them_at_once():
         calls.clear()
         return retried(lambda: fails(text, n), Address("s3", "b"), FAST, sleep=slept.append)
 
+    provider = "External AWS credential provider: "
+    assert reason_of(Conflict(provider + "UnauthorizedSSOTokenError: secret")) == "expired"
+    assert reason_of(Conflict(provider + "ConnectTimeoutError: x")) == "unavailable"
     assert reason_of(Conflict("performing token request: status code: 403")) == "credentials"
     assert run("status code: 409 Conflict", 3) == "done"
     assert len(slept) == 3
