@@ -63,7 +63,8 @@ class Moment:
     """
 
     def __init__(self, output, rng):
-        self.output, self.begun = output, self.n_records()
+        self.output = output
+        self.begun = self.n_records()
         place, left = rng.random(), N_UNITS - self.begun
         self.records, self.delay_s = None, rng.uniform(0, START_S)
         if place < 0.6 and left:
