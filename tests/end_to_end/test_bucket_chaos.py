@@ -29,8 +29,8 @@ from gradproj.store.unit_record import list_records
 
 SETTINGS = SMALL_JOB | {"rows_per_shard": 8, "proj_save_interval": 2, "device": "cpu"}
 SETTINGS |= {"encoding": "signs", "hidden_state": "mean"}
-N_DOCUMENTS, N_UNITS = 240, 30
-START_S, UNIT_S, MERGE_S = 8.0, 1.0, 1.5
+N_DOCUMENTS, N_UNITS = 800, 100
+START_S, UNIT_S, MERGE_S = 8.0, 0.5, 1.5
 """Longest time to a kill from a start, from a commit, and from the last one."""
 TWO_JOBS = 0.5
 """Share of the starts in which two jobs are at work."""
@@ -67,11 +67,12 @@ class Moment:
         self.begun = self.n_records()
         place, left = rng.random(), N_UNITS - self.begun
         self.records, self.delay_s = None, rng.uniform(0, START_S)
-        if place < 0.6 and left:
-            self.records = self.begun + int(rng.integers(0, min(left, 6)))
+        if left and place < 0.8:
+            self.records = self.begun + int(rng.integers(0, min(left, 15)))
             self.delay_s = rng.uniform(0, UNIT_S)
-        elif place < 0.8:
-            self.records, self.delay_s = N_UNITS, rng.uniform(0, MERGE_S)
+        elif not left and place < 0.7:  # else no merge would ever end
+            self.records = N_UNITS + (place < 0.4)
+            self.delay_s = rng.uniform(0, MERGE_S)
         self.since = time.monotonic() if self.records is None else None
 
     def n_records(self):
