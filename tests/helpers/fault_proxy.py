@@ -47,8 +47,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        conditions = {"If-None-Match", "If-Match"} & set(self.headers)
-        fault = self.server.choose(self.command, self.command == "PUT" and bool(conditions))
+        is_conditional = "If-None-Match" in self.headers or "If-Match" in self.headers
+        fault = self.server.choose(self.command, self.command == "PUT" and is_conditional)
         if self.server.refusal:
             return self._answer(403, self.server.refusal)
         if fault == "reset":
