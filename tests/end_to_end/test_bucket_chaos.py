@@ -113,7 +113,7 @@ def torment(launches, rng, tally, most_kills):
 def torment_torchrun(scene, launch, rng, tally, logs):
     """Start a job of two or three ranks by torchrun, and kill its launcher, a worker or all.
 
-    Another job of one rank may be at work beside it, to its end.
+    Another job of one rank may be at work beside it, and is killed later.
     """
     ranks, output = launch.ranks, launch.output
     job = Job(scene, output, int(rng.integers(2, 4)), 1, launch.environment, logs)
@@ -121,6 +121,7 @@ def torment_torchrun(scene, launch, rng, tally, logs):
     if beside:
         launch.start(1)
     tally.starts["torchrun beside a job" if beside else "torchrun"] += 1
+    ended = []
     try:
         moment = Moment(output, rng)
         while job.is_running() and not moment.has_come():
@@ -129,12 +130,19 @@ def torment_torchrun(scene, launch, rng, tally, logs):
         if job.send(signal.SIGKILL, target, rng):
             tally.killed({"job": "launcher and workers"}.get(target, target), when)
         job.wait_until_gone(PATIENCE_S)
+        moment = Moment(output, rng)
+        while ranks.pids() and not moment.has_come():
+            time.sleep(0.1)
+            ended += filter(None, map(ranks.poll, ranks.pids()))
+        for pid in ranks.pids():
+            tally.killed("rank", moment.when)
+            os.kill(pid, signal.SIGKILL)
         log = job.log.read_text(errors="replace")
         # torchrun shows a traceback of its own when a worker was killed.
         assert not re.search(r'File ".*/gradproj/|belongs to|is damaged|AssertionError', log), log
     finally:
         job.end()
-    return ranks.wait_for_all()
+    return ended + ranks.wait_for_all()
 
 
 def fill(scene, launches, output, rng, tally, most_kills, logs):
