@@ -22,6 +22,8 @@ Version = dict[str, str]
 """Names a version of an object in a condition: its etag, on Google's stores its generation."""
 
 
+MAX_PUT_BYTES = 5_000_000_000
+"""The most that S3 and Azure take in one request. Parts in several have no conditions there."""
 _LARGE_BYTES = 2**23
 _UPLOADING = replace(POLICY, stall_s=600.0, deadline_s=1200.0)
 """For large bodies: the client's time without an answer runs while it still sends."""
@@ -171,7 +173,7 @@ class StoredObject:
 
     def put(self, chunks: Iterable[Any]) -> None:
         """Write the object, whatever is there."""
-        data = _joined(chunks)
+        data = one_buffer(chunks)
         self._send(data)
 
     def put_if_absent(self, chunks: Iterable[Any]) -> bool:
@@ -187,7 +189,7 @@ class StoredObject:
         return self._put_if(chunks, dict(version))
 
     def _put_if(self, chunks: Iterable[Any], mode: Any) -> bool:
-        data = _joined(chunks)
+        data = one_buffer(chunks)
         try:
             self._send(data, mode=mode)
         except (Unchanged, FileNotFoundError):
@@ -260,10 +262,20 @@ class ObjectReader(io.RawIOBase):
         return len(data)
 
 
-def _joined(chunks: Iterable[Any]) -> Any:
-    """Return buffers as one, which a request can send again."""
-    parts = list(chunks)
-    return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+def one_buffer(chunks: Iterable[Any]) -> bytes:
+    """Return buffers as one, which a request can send again. Holds a chunk at a time besides it."""
+    chunks = iter(chunks)
+    first = next(chunks, b"")
+    second = next(chunks, None)
+    if second is None:
+        return bytes(first)  # no copy of bytes
+    joined = io.BytesIO()
+    for chunk in (first, second):
+        joined.write(chunk)
+    del first, second
+    for chunk in chunks:
+        joined.write(chunk)
+    return joined.getvalue()  # shares its buffer
 
 
 def _version(meta: Any) -> Version:

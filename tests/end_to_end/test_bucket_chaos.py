@@ -85,7 +85,7 @@ class Moment:
 
     @property
     def when(self):
-        """What the store shows of the phase that is hit."""
+        """Phase of the run, as the store shows it."""
         now = self.n_records()
         return "merging" if now == N_UNITS else "at work" if now > self.begun else "starting"
 
