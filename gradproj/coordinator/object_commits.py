@@ -21,7 +21,7 @@ import numpy as np
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.commits import Check, Commits, UnitRows
-from gradproj.coordinator.heartbeats import Pace
+from gradproj.coordinator.heartbeats import IN_BUCKET
 from gradproj.coordinator.process_id import Owner
 from gradproj.errors import StoreError
 from gradproj.files import crc32c
@@ -29,6 +29,7 @@ from gradproj.storage.folders import delete_tree, read_or_none
 from gradproj.storage.object_path import ObjectPath, names_in
 from gradproj.storage.probe import PROBE_DIR
 from gradproj.storage.publish import PREPARED_DIR, ObjectPublisher, Outdated
+from gradproj.storage.stored_object import one_buffer
 from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import (
@@ -45,7 +46,7 @@ from gradproj.store.writer import free_shard, shard_chunks
 
 @dataclass(frozen=True)
 class _Slot:
-    """What a process may replace to commit a unit: free names, or the marks of one repair."""
+    """Place of a unit's objects, which a process may fill: free names, or a repair's marks."""
 
     unit: int
     layout: StoreLayout
@@ -59,8 +60,7 @@ class _Slot:
         So a repair that was carried out late cannot take it for one of those, even with the same
         rows. The mark is between the chunks and their index, where readers do not look.
         """
-        *chunks, index = shard_chunks(stored, layout)
-        return b"".join([*chunks, self.mark, index])
+        return one_buffer(shard_chunks(stored, layout, before_index=self.mark))
 
     def free(self, layout: StoreLayout) -> bytes:
         """Return what is in place of the shard of an array; empty = nothing."""
@@ -84,7 +84,7 @@ class ObjectCommits(Commits):
     def __init__(self, output: Path, owner: Owner) -> None:
         super().__init__(output, owner)
         self.publisher = ObjectPublisher()
-        self.pace = Pace(slower=12.0)
+        self.pace = IN_BUCKET
 
     def begin(self) -> None:
         pass
@@ -150,9 +150,9 @@ class ObjectCommits(Commits):
         final, free = self.output / slot.layout.shard_name(slot.unit), slot.free(slot.layout)
         if shard:
             # Another process may have prepared the very same rows: then it is that unit.
-            prepared = self.publisher.publish_or_read(
-                self._prepared(slot, shard), len(record).to_bytes(8, "little") + record + hidden
-            )
+            path = self.output / PREPARED_DIR / slot.prepared_name(shard)
+            parts = [len(record).to_bytes(8, "little"), record, hidden]
+            prepared = self.publisher.publish_or_read(path, one_buffer(parts))
             found: bytes | None = self.publisher.publish_or_read(final, shard, free)
             fault_points.reach("shard published")
         else:
@@ -160,7 +160,7 @@ class ObjectCommits(Commits):
         if found is None or found == free:  # no process has rows of this unit, as far as is known
             return record, hidden
         if found != shard:
-            theirs = read_or_none(self._prepared(slot, found))
+            theirs = read_or_none(self.output / PREPARED_DIR / slot.prepared_name(found))
             # In this order: what was prepared is deleted once the record exists.
             if theirs is None:
                 self._lost(slot, final)
@@ -212,9 +212,6 @@ class ObjectCommits(Commits):
             f"{self.output} --repair` gives both up; then start again"
         )
 
-    def _prepared(self, slot: _Slot, shard: bytes) -> Path:
-        return self.output / PREPARED_DIR / slot.prepared_name(shard)
-
     def forget(self, unit: int) -> None:
         self._delete_prepared(lambda other: other == unit)
 
@@ -234,8 +231,8 @@ class ObjectCommits(Commits):
             name = self.owner.name.encode() + content
             mark = given_up_mark(blake2b(name, digest_size=8).hexdigest())
             # First of all, and only if it still is what was read: from now on no record can be
-            # published for the shards that are there. Those of the rows are last, so that whoever
-            # finds their mark finds all others.
+            # published for the shards that are there. Those of the rows are last, so that a
+            # process that finds their mark finds all others.
             self.publisher.replace_version(path, version, mark)
             publisher = self.publisher.guarded(partial(self._check_mark, unit, mark))
             for each in sharded_layouts(layout):

@@ -17,7 +17,6 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import (
     MERGE_CLAIM,
-    WAIT_S,
     MergeInterrupted,
     is_complete,
     is_merged,
@@ -106,7 +105,7 @@ def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
     """
     while _is_outdated(output):
         if not claims.try_claim(MERGE_CLAIM):
-            time.sleep(WAIT_S * claims.commits.pace.slower)
+            time.sleep(claims.commits.pace.merge_wait_s)
             continue
         try:
             with suppress(Outdated, MergeInterrupted):  # another process merges: look again

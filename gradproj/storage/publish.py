@@ -26,7 +26,7 @@ from gradproj.files import (
 )
 from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import ObjectPath
-from gradproj.storage.stored_object import Version
+from gradproj.storage.stored_object import Version, one_buffer
 
 PREPARED_DIR = "prepared"
 """Folder of a bucket's output that holds what is about to be published, beside its final place."""
@@ -167,7 +167,7 @@ class ObjectPublisher(Publisher):
         return ObjectPublisher(check)
 
     def create(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> bool:
-        data = b"".join(chunks)
+        data = one_buffer(chunks)
         return self.publish_or_read(final, data) == data
 
     def publish_or_read(self, final: Path, data: bytes, free: bytes = b"") -> bytes:
@@ -196,7 +196,7 @@ class ObjectPublisher(Publisher):
         if self._check is None:
             path.put(chunks)
         else:
-            self.replace_version(path, path.version(), b"".join(chunks))
+            self.replace_version(path, path.version(), one_buffer(chunks))
 
     def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         path = _object(final)

@@ -29,8 +29,8 @@ from gradproj.store.unit_record import list_records
 
 SETTINGS = SMALL_JOB | {"rows_per_shard": 8, "proj_save_interval": 2, "device": "cpu"}
 SETTINGS |= {"encoding": "signs", "hidden_state": "mean"}
-N_DOCUMENTS, N_UNITS = 240, 30
-START_S, UNIT_S, MERGE_S = 8.0, 1.0, 1.5
+N_DOCUMENTS, N_UNITS = 800, 100
+START_S, UNIT_S, MERGE_S = 8.0, 0.5, 1.5
 """Longest time to a kill from a start, from a commit, and from the last one."""
 TWO_JOBS = 0.5
 """Share of the starts in which two jobs are at work."""
@@ -63,14 +63,16 @@ class Moment:
     """
 
     def __init__(self, output, rng):
-        self.output, self.begun = output, self.n_records()
+        self.output = output
+        self.begun = self.n_records()
         place, left = rng.random(), N_UNITS - self.begun
         self.records, self.delay_s = None, rng.uniform(0, START_S)
-        if place < 0.6 and left:
-            self.records = self.begun + int(rng.integers(0, min(left, 6)))
+        if left and place < 0.8:
+            self.records = self.begun + int(rng.integers(0, min(left, 15)))
             self.delay_s = rng.uniform(0, UNIT_S)
-        elif place < 0.8:
-            self.records, self.delay_s = N_UNITS, rng.uniform(0, MERGE_S)
+        elif not left and place < 0.7:  # else no merge would ever end
+            self.records = N_UNITS + (place < 0.4)
+            self.delay_s = rng.uniform(0, MERGE_S)
         self.since = time.monotonic() if self.records is None else None
 
     def n_records(self):
@@ -83,7 +85,7 @@ class Moment:
 
     @property
     def when(self):
-        """What the store shows of the phase that is hit."""
+        """Phase of the run, as the store shows it."""
         now = self.n_records()
         return "merging" if now == N_UNITS else "at work" if now > self.begun else "starting"
 
@@ -111,7 +113,7 @@ def torment(launches, rng, tally, most_kills):
 def torment_torchrun(scene, launch, rng, tally, logs):
     """Start a job of two or three ranks by torchrun, and kill its launcher, a worker or all.
 
-    Another job of one rank may be at work beside it, to its end.
+    Another job of one rank may be at work beside it, and is killed later.
     """
     ranks, output = launch.ranks, launch.output
     job = Job(scene, output, int(rng.integers(2, 4)), 1, launch.environment, logs)
@@ -119,6 +121,7 @@ def torment_torchrun(scene, launch, rng, tally, logs):
     if beside:
         launch.start(1)
     tally.starts["torchrun beside a job" if beside else "torchrun"] += 1
+    ended = []
     try:
         moment = Moment(output, rng)
         while job.is_running() and not moment.has_come():
@@ -127,12 +130,19 @@ def torment_torchrun(scene, launch, rng, tally, logs):
         if job.send(signal.SIGKILL, target, rng):
             tally.killed({"job": "launcher and workers"}.get(target, target), when)
         job.wait_until_gone(PATIENCE_S)
+        moment = Moment(output, rng)
+        while ranks.pids() and not moment.has_come():
+            time.sleep(0.1)
+            ended += filter(None, map(ranks.poll, ranks.pids()))
+        for pid in ranks.pids():
+            tally.killed("rank", moment.when)
+            os.kill(pid, signal.SIGKILL)
         log = job.log.read_text(errors="replace")
         # torchrun shows a traceback of its own when a worker was killed.
         assert not re.search(r'File ".*/gradproj/|belongs to|is damaged|AssertionError', log), log
     finally:
         job.end()
-    return ranks.wait_for_all()
+    return ended + ranks.wait_for_all()
 
 
 def fill(scene, launches, output, rng, tally, most_kills, logs):
