@@ -26,8 +26,9 @@ from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ModelError
 from gradproj.model.sequences import TokenSequence
 
-_TOKENS_AT_ONCE = 2**11
-"""Most tokens of a batch, in which others wait for the model; a longer text is one alone."""
+_TOKENS_AT_ONCE = 2**9
+"""Most tokens of a batch on the CPU, where larger ones are no faster, and others wait longer for
+the model."""
 _VALUES_AT_ONCE = 2**22
 """Values of ``(S, m, k_i)`` at once, in float64: 34 MB."""
 
@@ -91,7 +92,9 @@ def split_texts(
             for a single sequence.
     """
     lengths = list(map(len, sequences))
-    budget = min(batch.batch_tokens or BatchConfig().batch_tokens, _TOKENS_AT_ONCE)
+    budget = batch.batch_tokens or BatchConfig().batch_tokens
+    if next(model.parameters()).device.type == "cpu":
+        budget = min(budget, _TOKENS_AT_ONCE)
     padding = batch.max_padding
     if len(set(lengths)) > 1:
         padding = fit_padding(model, batch, max(lengths)).max_padding

@@ -162,8 +162,8 @@ class _Group:
     def split_documents(self) -> None:
         """Run the documents, and note what their tokens and layers add to each score."""
         made, prepared, scan = self._splitter.recorded, self._prepared, self._scan
-        with self._splitter.turn():
-            self.ids, sequences, texts = self._splitter.documents.with_texts(self.ids, MAX_TOKENS)
+        documents, turn = self._splitter.documents, self._splitter.turn
+        self.ids, sequences, texts = documents.with_texts(self.ids, MAX_TOKENS, turn)
         if not len(self.ids):
             return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]

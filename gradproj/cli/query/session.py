@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from gradproj.analysis import Preconditioner, QuerySets
@@ -28,10 +29,14 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
 from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
+from gradproj.store.texts import text_of
 
 T = TypeVar("T")
 WAITS = "waits for the model"
 """Progress of a question that waits while another one loads, fits or uses the model."""
+BEGINNING = 1000
+"""Characters of a text that are kept."""
+_MOST_TEXTS = 2**13
 _MOST_FITTED = 4
 """Curvatures kept: of a model with wide layers, one takes gigabytes."""
 
@@ -108,6 +113,15 @@ class Session:
     def index(self, config: RecordedRunArgs) -> CorpusIndex:
         """Return where the documents are; ``CorpusError`` if the tars are not there."""
         return self._keep(("index",), lambda: recorded_index(path_of(config.output), config.shards))
+
+    def beginning(self, config: RecordedRunArgs, sample_id: int) -> str:
+        """Return the beginning of a document's text; those read last are kept."""
+        index = self.index(config)
+
+        def load() -> Callable[[int], str]:
+            return lru_cache(_MOST_TEXTS)(lambda i: text_of(index, i)[:BEGINNING])
+
+        return self._keep(("texts",), load)(sample_id)
 
     def preconditioner(
         self,

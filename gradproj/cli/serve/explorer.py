@@ -25,6 +25,7 @@ from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.formatting import escaped, one_line
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.kernels.memory import return_free_memory
 from gradproj.maintenance.status import read_status
 from gradproj.query.tokens import QueryTokenizer
 from gradproj.report.document_tables import TextExcerpts
@@ -166,6 +167,8 @@ class OutputExplorer:
             notes: list[str] = []
             found = self._answered(asked, PartialAnswers(control, store), notes.append)
         control.check()
+        if found.tokens is not None:
+            return_free_memory()  # a pass leaves much of it to its thread, of which there are many
         return found, notes
 
     def _answered(
