@@ -163,7 +163,8 @@ class ObjectCommits(Commits):
             theirs = read_or_none(self.output / PREPARED_DIR / slot.prepared_name(found))
             # In this order: what was prepared is deleted once the record exists.
             if theirs is None:
-                return self._lost(slot, final)
+                self._lost(slot, final)
+                return None
             prepared = theirs
         return _split(prepared)
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load
 
 from gradproj.errors import DamagedFile, damaged
 from gradproj.files import crc32c
+from gradproj.storage.contents import read_start
 from gradproj.storage.object_path import ObjectPath, names_in
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import UNITS_DIR, StoreLayout
@@ -182,16 +183,15 @@ def read_stats(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: the file does not begin like a record.
     """
-    with path.open("rb") as file:
-        data = file.read(_STATS_BYTES)
-        try:
-            (header_bytes,) = struct.unpack_from("<Q", data)
-            if header_bytes > len(data) - 8:
-                data += file.read(min(header_bytes, _MAX_HEADER_BYTES))
-            about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
-            return dict(about["stats"])
-        except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, f"it does not begin like a record ({error})") from error
+    data = read_start(path, _STATS_BYTES)
+    try:
+        (header_bytes,) = struct.unpack_from("<Q", data)
+        if header_bytes > len(data) - 8:
+            data = read_start(path, 8 + min(header_bytes, _MAX_HEADER_BYTES))
+        about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
+        return dict(about["stats"])
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"it does not begin like a record ({error})") from error
 
 
 def _check_whole(data: bytes, source: str | Path) -> None:

@@ -115,7 +115,7 @@ def _meta(key: str, content: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def retry_at_once(action: Callable[[], Any]) -> Any:
+def retry_at_once(action: Callable[[], Any], *_: object) -> Any:
     """Repeat what ``retried`` repeats, without its pauses."""
     while True:
         try:

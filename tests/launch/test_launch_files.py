@@ -147,6 +147,19 @@ def test_foreign_environment_is_used_and_not_changed(tmp_path):
     assert (lacking / "bin/python").exists()
 
 
+def test_the_environment_of_another_checkout_is_not_changed(tmp_path):
+    maker = tmp_path / "their checkout"
+    (maker / "launch").mkdir(parents=True)
+    (maker / "launch/setup.sh").touch()
+    ours = f"3.11.7 in {maker}\n1 2\nextra dev\n"
+    venv = fake_venv(tmp_path / "venv", ours=ours)
+    done = run_bash(ROOT / "launch/setup.sh", GRADPROJ_VENV=venv)
+    assert done.returncode == 2
+    assert f"{venv} was made by the checkout {maker}: name another folder" in done.stderr
+    assert (venv / "made-by-gradproj-launch").read_text() == ours
+    assert (venv / "bin/python").exists()
+
+
 def test_set_up_runs_again_only_after_a_change(tmp_path):
     body = 'case "$*" in *platform*) echo 3.12.1;; *install*) exit "${PIP_CODE:-0}";; esac'
     venv = fake_venv(tmp_path / "venv", body, ours=f"3.12.1 in {ROOT}\nanother pyproject\n")

@@ -99,7 +99,7 @@ def test_a_probe_that_another_start_deletes_is_no_broken_promise(memory):
                     delete_tree(memory / "probe")
             return memory.store.put(key, data, **({"mode": mode} if mode else {}), **options)
 
-    check_conditional_writes(ObjectPath(Deleting(), memory.address))
+    check_conditional_writes(ObjectPath(Deleting(), memory))
 
 
 @pytest.mark.parametrize("ignored", ["create", "match"])
@@ -118,7 +118,7 @@ def test_a_store_that_ignores_conditions_is_refused(memory, ignored):
             how = {} if mode is None else {"mode": mode}
             return self._store.put(key, data, **how, **options)
 
-    path = ObjectPath(Careless(memory.store), memory.address)
+    path = ObjectPath(Careless(memory.store), memory)
     with pytest.raises(StoreError, match="overwrites objects although a write forbids it"):
         check_conditional_writes(path)
     assert path.walk_files() == []
