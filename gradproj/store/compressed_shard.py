@@ -66,7 +66,8 @@ class CompressedShard(FetchedShard):
             return []
         band = int(rows[0]) // self.layout.chunk_rows
         ranges = list(self.index.byte_ranges(band, 0, self.layout.chunk_rows, selection))
-        return joined(*np.array(ranges, np.int64).reshape(-1, 2).T, MAX_GAP_BYTES)
+        begins, ends = np.array(ranges, np.int64).reshape(-1, 2).T
+        return joined(begins, ends, MAX_GAP_BYTES)
 
     def copy_range(self, start: int, selection: Selection, out: np.ndarray) -> None:
         stop = start + len(out)
