@@ -1,5 +1,6 @@
 """Commands that read a job's output give the same answers from a bucket."""
 
+import json
 import pickle
 import re
 
@@ -32,7 +33,7 @@ COMMANDS = {
     "report": ["--device", "cpu"],
 }
 """In this order: later ones need the files of earlier ones."""
-MEASURED = re.compile(r"(in )?\d+(\.\d+)? s\b( \(\S+ MB/s\))?|\d+(\.\d+)? [kMG]?B of memory")
+MEASURED = re.compile(r"(in )?[\d.]+ s\b( \(\S+ MB/s\))?|[\d.]+ [kMG]?B( of memory|; open)")
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,22 @@ def test_a_cache_without_room_is_one_line(places, reading, tmp_path, capsys):
     flags = ["--text", TEXT, "--device", "cpu", "--cache_dir", str(tmp_path), "--cache_gb", "1e-7"]
     assert main(["query", str(places[1]), *flags]) == 2
     assert "give a larger --cache_gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["status", "text", "copy"])
+def test_an_output_in_a_public_bucket_is_read_without_credentials(
+    places, s3_module, reading, name, tmp_path, monkeypatch, capsys
+):
+    bucket = places[1].bucket
+    statement = {"Effect": "Allow", "Principal": "*", "Action": "s3:*"}
+    statement["Resource"] = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    s3_module.client.put_bucket_policy(Bucket=bucket, Policy=policy)
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # and no ~/.aws
+    line = [name, str(places[1]), *([str(tmp_path / "copied")] if name == "copy" else [])]
+    assert main(line) == 2
+    assert "credentials" in capsys.readouterr().err
+    assert main([*line, "--anonymous"]) == 0
+    assert capsys.readouterr().out

@@ -10,7 +10,7 @@ from helpers.outputs import N_UNITS, ROWS_PER_UNIT, SETTINGS
 
 from gradproj.__main__ import main
 from gradproj.corpus.index_file import load_index
-from gradproj.storage.listing import write_object
+from gradproj.storage.object_path import object_at
 from gradproj.store.texts import RecordedTexts
 
 SECRET = "SecretKeyOfTheTests"
@@ -60,7 +60,7 @@ def test_two_ranks_from_a_bucket_give_the_rows_of_the_disk(
     job, bucket, s3_server, tmp_path, capsys
 ):
     for tar in job.corpus.glob("*.tar"):
-        write_object(bucket / "tars" / tar.name, tar)
+        object_at(bucket / "tars" / tar.name).put([tar.read_bytes()])
     settings = {"shards": f"{bucket}/tars", "model": job.model, "output_dir": tmp_path / "out"}
     code, errors = run(s3_server.environment, ranks=2, **settings)
     assert code == 0, errors
@@ -76,7 +76,7 @@ def test_two_ranks_from_a_bucket_give_the_rows_of_the_disk(
     capsys.readouterr()
     # The job goes on after the tars were written again, if they are indexed again.
     for tar in job.corpus.glob("*.tar"):
-        write_object(bucket / "tars" / tar.name, tar)
+        object_at(bucket / "tars" / tar.name).put([tar.read_bytes()])
     assert run(s3_server.environment, **settings)[0] == 0
 
 
