@@ -170,7 +170,7 @@ def check(output, undisturbed, statistics):
     assert arrays_in_bucket(output) == undisturbed
     stats = json.loads((output / "projection_stats.json").read_text())
     assert {k: v for k, v in stats.items() if k != "timing"} == statistics
-    # Not names: SeaweedFS may list folders for a while that have become empty.
+    # Not names: SeaweedFS lists folders that have become empty.
     left = {name: (output / name).keys_below() for name in (*FOLDERS, "prepared", "probe")}
     assert len(left.pop("units")) == N_UNITS
     left.pop("logs")
