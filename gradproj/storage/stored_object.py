@@ -89,6 +89,9 @@ class StoredObject(Address):
         One request for each 1,000 of them.
         """
         found = self._ask(lambda: self.store.list_with_delimiter(self._prefix()))
+        for meta in found["objects"]:  # Azure lists etags without their quotation marks
+            if meta.get("e_tag") and not meta["e_tag"].endswith('"'):
+                meta["e_tag"] = f'"{meta["e_tag"]}"'
         return list(found["common_prefixes"]), self._without_own(found["objects"])
 
     def names(self, *, folders_only: bool = False, min_bytes: int = 0) -> list[str]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 import zarr
+from helpers.buckets import memory_path
 from helpers.faults import (
     IDENTITY,
     fake_owner,
@@ -23,6 +25,7 @@ from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, RankProgress, heartbeat_counter
 from gradproj.coordinator.merge import is_merged
+from gradproj.coordinator.object_commits import ObjectCommits
 from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue, unit_claim
 from gradproj.coordinator.unmerge import check_records_have_shards, unmerge_missing_units
@@ -36,6 +39,7 @@ from gradproj.storage.folders import delete_tree
 from gradproj.storage.object_path import ObjectPath
 from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import StoreConfig, plan_layout
 from gradproj.store.unit_record import list_records, read_record, record_name
 
 
@@ -273,3 +277,16 @@ def test_requests_of_a_unit():
     store.requests.clear()
     queue.commit(fake_rows(layout, next(units)))
     assert store.requests == {"put": 4, "list": 3, "get": 3, "head": 7, "delete": 2}
+
+
+def test_a_commit_in_a_bucket_holds_the_unit_once_more():
+    layout = plan_layout(4096, [1024], 12, StoreConfig(encoding="dense", rows_per_shard=4096))
+    rows = fake_rows(layout, 0, 0)
+    commits = ObjectCommits(memory_path("out"), fake_owner(0))
+    tracemalloc.start()
+    try:
+        assert commits.commit(rows, layout, lambda: True, lambda: None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.4 * rows.stored.nbytes

@@ -37,6 +37,7 @@ def test_a_token_that_expires_in_mid_run_loses_nothing(tmp_path, model_dir, buck
         proxy.refusal = ""
         launch.finish(1)
     assert is_merged(output)
+    assert (output / "logs").names()
     assert all((output / "units" / name).read_bytes() == data for name, data in kept.items())
 
 
@@ -60,5 +61,5 @@ def test_killed_job_resumes_to_the_bytes_of_a_disk(tmp_path, model_dir, bucket, 
     assert json.loads((output / "projection_stats.json").read_text())["complete"] is True
     left = {name: (output / name).names() for name in (*FOLDERS, "prepared", "probe")}
     assert len(left.pop("units")) == 6
-    assert left.pop("logs")
+    left.pop("logs")  # maybe none: ranks were stopped before a commit, or killed
     assert not any(left.values()), left

@@ -32,6 +32,8 @@ SETTINGS |= {"encoding": "signs", "hidden_state": "mean"}
 N_DOCUMENTS, N_UNITS = 800, 100
 START_S, UNIT_S, MERGE_S = 8.0, 0.5, 1.5
 """Longest time to a kill from a start, from a commit, and from the last one."""
+LONGEST_S = 40.0
+"""Longest time to a kill: ranks wait for one that was killed before all had met."""
 TWO_JOBS = 0.5
 """Share of the starts in which two jobs are at work."""
 
@@ -74,6 +76,7 @@ class Moment:
             self.records = N_UNITS + (place < 0.4)
             self.delay_s = rng.uniform(0, MERGE_S)
         self.since = time.monotonic() if self.records is None else None
+        self.latest = time.monotonic() + LONGEST_S
 
     def n_records(self):
         return len(list_records(self.output / "units")) if store_exists(self.output) else 0
@@ -81,7 +84,8 @@ class Moment:
     def has_come(self):
         if self.since is None and self.n_records() >= self.records:
             self.since = time.monotonic()
-        return self.since is not None and time.monotonic() > self.since + self.delay_s
+        now = time.monotonic()
+        return now > self.latest or (self.since is not None and now > self.since + self.delay_s)
 
     @property
     def when(self):

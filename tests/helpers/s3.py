@@ -1,7 +1,7 @@
 """A bucket of an S3 server: moto's, in memory, or the one that the environment names.
 
 ``GRADPROJ_TEST_S3`` is the endpoint of another server, with its keys in ``AWS_ACCESS_KEY_ID`` and
-``AWS_SECRET_ACCESS_KEY``; ``launch/test_s3.sh`` sets them.
+``AWS_SECRET_ACCESS_KEY``; ``launch/test_s3.sh`` sets them. Or one of Azure or Google: emulators.py.
 """
 
 import logging
@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any
 
 import botocore.session
+from helpers.emulators import Emulator, emulator
 
 from gradproj.storage.address import Address
 
@@ -53,8 +54,12 @@ class S3Server:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
+def s3_server() -> Iterator[S3Server | Emulator]:
     """Start moto's server in a thread, unless the environment names another one."""
+    with emulator() as other:
+        if other is not None:
+            yield other
+            return
     keys = {
         "AWS_ACCESS_KEY_ID": os.environ.get("AWS_ACCESS_KEY_ID", "key"),
         "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests"),
