@@ -11,6 +11,7 @@ some at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,9 @@ from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ModelError
 from gradproj.model.sequences import TokenSequence
 
+_TOKENS_AT_ONCE = 2**9
+"""Most tokens of a batch on the CPU, where larger ones are no faster, and others wait longer for
+the model."""
 _VALUES_AT_ONCE = 2**22
 """Values of ``(S, m, k_i)`` at once, in float64: 34 MB."""
 
@@ -68,6 +72,7 @@ def split_texts(
     matrices: Mapping[str, Tensor],
     chosen: Sequence[np.ndarray],
     batch: BatchConfig,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     done: Callable[[int], None] = lambda n: None,
 ) -> SplitTexts:
     """Run texts forward and backward once, and split their inner products with matrices.
@@ -79,6 +84,7 @@ def split_texts(
         matrices: layer -> ``K (M, k_o * k_i)``; layers that it lacks have no part.
         chosen: for each owner the numbers ``(m,)`` of its matrices.
         batch: the job's batch settings.
+        turn: entered around each batch, between which others may use model and engine.
         done: called between batches with the number of sequences of the last one.
 
     Raises:
@@ -86,29 +92,33 @@ def split_texts(
             for a single sequence.
     """
     lengths = list(map(len, sequences))
-    budget, padding = batch.batch_tokens or BatchConfig().batch_tokens, batch.max_padding
+    budget = batch.batch_tokens or BatchConfig().batch_tokens
+    if next(model.parameters()).device.type == "cpu":
+        budget = min(budget, _TOKENS_AT_ONCE)
+    padding = batch.max_padding
     if len(set(lengths)) > 1:
         padding = fit_padding(model, batch, max(lengths)).max_padding
     pass_ = _Pass(model, engine, sequences, matrices, chosen)
     parts: list[np.ndarray] = [np.empty(0)] * len(sequences)
     layers = [np.zeros((len(numbers), len(matrices))) for numbers in chosen]
     rows = np.zeros((len(chosen), engine.total_proj_dim), np.float32)
-    with engine:
-        if engine.only_alone:
-            raise ModelError(f"the parts of tokens are not known: {engine.only_alone}")
-        for planned in plan_batches(lengths, batch.batch_size, budget, padding):
-            for numbers, result in run_in_halves(engine, planned, pass_.run):
-                if result is None:
-                    raise ModelError(
-                        f"a text of {lengths[numbers[0]]:,} tokens does not fit the device's "
-                        "memory: try --device cpu, or leave --tokens out"
-                    )
-                for number, (of_tokens, of_layers, row) in zip(numbers, result, strict=True):
-                    owner, factor = sequences[number].owner, sequences[number].factor
-                    parts[number] = of_tokens * factor
-                    layers[owner] += of_layers * factor
-                    rows[owner] += row
-                done(len(numbers))
+    for planned in plan_batches(lengths, batch.batch_size, budget, padding):
+        with turn(), engine:
+            if engine.only_alone:
+                raise ModelError(f"the parts of tokens are not known: {engine.only_alone}")
+            results = list(run_in_halves(engine, planned, pass_.run))
+        for numbers, result in results:
+            if result is None:
+                raise ModelError(
+                    f"a text of {lengths[numbers[0]]:,} tokens does not fit the device's "
+                    "memory: try --device cpu, or leave --tokens out"
+                )
+            for number, (of_tokens, of_layers, row) in zip(numbers, result, strict=True):
+                owner, factor = sequences[number].owner, sequences[number].factor
+                parts[number] = of_tokens * factor
+                layers[owner] += of_layers * factor
+                rows[owner] += row
+            done(len(numbers))
     return SplitTexts(parts, layers, rows)
 
 

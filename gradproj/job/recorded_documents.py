@@ -1,6 +1,7 @@
 """Documents of a store by their ids, read from their tars and tokenized as the job did."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,14 +55,23 @@ class RecordedDocuments:
         return _owned(self._each(sample_ids, self._reader.sequences_of))
 
     def with_texts(
-        self, sample_ids: np.ndarray, most: int
+        self,
+        sample_ids: np.ndarray,
+        most: int,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[np.ndarray, list[TokenSequence], list[TokenTexts]]:
         """Return the ids of documents of at most ``most`` tokens, their sequences, and texts.
 
         The sequences have ``places``, and an owner is its document's place in the returned ids; the
-        texts are what its tokens stand for. Raises as ``sequences``.
+        texts are what its tokens stand for. ``turn`` is entered around each use of the tokenizer.
+        Raises as ``sequences``.
         """
-        made = self._each(sample_ids, self._reader.with_texts)
+
+        def make(document: Document) -> tuple[list[TokenSequence], TokenTexts]:
+            with turn():
+                return self._reader.with_texts(document)
+
+        made = self._each(sample_ids, make)
         fits = np.array([sum(map(len, sequences)) <= most for sequences, _ in made], bool)
         kept = [each for each, fit in zip(made, fits, strict=True) if fit]
         return sample_ids[fits], _owned([x for x, _ in kept]), [texts for _, texts in kept]

@@ -131,6 +131,11 @@ class DocumentTokenizer:
             None if source is None else ChatTemplate(source, tokenizer.special_tokens_map, where)
         )
 
+    @property
+    def takes_chat(self) -> bool:
+        """Whether a conversation has tokens: there is a template, and a fast tokenizer for it."""
+        return self._template is not None and self._tokenizer.is_fast
+
     def sequences(
         self, contents: Sequence[Content], weights: Sequence[float]
     ) -> list[TokenizedDocument]:

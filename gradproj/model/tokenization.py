@@ -1,9 +1,12 @@
 """Tokenize documents, reading no more of a long document than its row covers."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from gradproj.model.long_words import longest_token, settled_ids
 
 SPECIAL_TOKENS = ("tokenizer", "none", "bos", "bos_eos")
 """Values of ``--special_tokens``."""
@@ -30,6 +33,8 @@ class Tokenizing:
         """Return int64 token ids per text. The first ``max_tokens`` are those of the whole text."""
         results = self._ids_of_beginnings(texts)
         rest = [i for i in range(len(texts)) if i not in results]
+        results |= self._ids_of_long_words({i: texts[i] for i in rest})
+        rest = [i for i in rest if i not in results]
         if rest:
             encoded = self._encode([texts[i] for i in rest]).input_ids
             whole = ([*self._before, *ids, *self._after] for ids in encoded)
@@ -48,6 +53,23 @@ class Tokenizing:
             for i, encoding in zip(long, encoded, strict=True)
             if self._is_settled(encoding.word_ids)
         }
+
+    def _ids_of_long_words(self, texts: dict[int, str]) -> dict[int, list[int]]:
+        """Return position -> ids of texts of which many beginnings are shorter than the whole."""
+        found, limit = {}, self._max_characters
+        for i, text in texts.items():
+            if limit and len(text) > 2 * limit and len(text) > limit * self._longest > 0:
+                ids = settled_ids(self._encodings, text, limit, self._max_tokens, self._longest)
+                if ids is not None:
+                    found[i] = [*self._before, *ids][: self._max_tokens]
+        return found
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return longest_token(self._tokenizer)
+
+    def _encodings(self, texts: Sequence[str]) -> Any:
+        return self._encode(list(texts)).encodings
 
     def _is_settled(self, words: list[int | None]) -> bool:
         """Return whether text after the cut cannot change the first ``max_tokens`` tokens.

@@ -6,7 +6,8 @@ one forward and backward pass of each text. The rows of these passes give the re
 the parts add up to; the stored row, rounded or packed, gave another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,11 +99,13 @@ class TokenSplitter:
         recorded: the store's model and engine.
         documents: of the store.
         projector: of the queries, whose tokens are then split too; None leaves them out.
+        turn: entered around each use of the model or its tokenizer, which threads may share.
     """
 
     recorded: RecordedEngine
     documents: RecordedDocuments
     projector: QueryProjector | None = None
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def split(self, scan: Scan, rows: QueryRows, listed: Sequence[np.ndarray]) -> TokenScores:
         """Split the scores of the documents ``listed`` of each query, or of each set.
@@ -159,12 +162,13 @@ class _Group:
     def split_documents(self) -> None:
         """Run the documents, and note what their tokens and layers add to each score."""
         made, prepared, scan = self._splitter.recorded, self._prepared, self._scan
-        self.ids, sequences, texts = self._splitter.documents.with_texts(self.ids, MAX_TOKENS)
+        documents, turn = self._splitter.documents, self._splitter.turn
+        self.ids, sequences, texts = documents.with_texts(self.ids, MAX_TOKENS, turn)
         if not len(self.ids):
             return
         chosen = [self._weights_of(i) for i in self.ids.tolist()]
         matrices = pulled_back(prepared.weights.cpu(), self._columns, scan.store.basis)
-        split = _split(made, sequences, matrices, chosen)
+        split = self._split(made, sequences, matrices, chosen)
         lengths = np.ones(len(self.ids))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(self.ids)).astype(np.float64)
@@ -212,14 +216,15 @@ class _Group:
         scan, projector = self._scan, self._splitter.projector
         assert projector is not None
         asked = rows.queries[self._first : self._first + len(self._listed)]
-        sequences, texts = projector.tokenizer.with_texts(asked)
+        with self._splitter.turn():
+            sequences, texts = projector.tokenizer.with_texts(asked)
         solved = scan.solved(self.rows.double()).double()
         largest = solved.abs().amax(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
         matrices = pulled_back(solved / largest[:, None], self._columns, scan.store.basis)
         listed = [ids[np.isin(ids, self.ids)] for ids in self._listed]
         chosen = [np.searchsorted(self.ids, ids).astype(np.int64) for ids in listed]
         made = projector.recorded
-        split = _split(made, sequences, matrices, chosen)
+        split = self._split(made, sequences, matrices, chosen)
         lengths = np.ones(len(asked))
         if self._is_mean:
             lengths = targets_by_owner(sequences, len(asked)).astype(np.float64)
@@ -236,6 +241,20 @@ class _Group:
                     known.score, known.parts, known.layers, known.head, of_query
                 )
 
+    def _split(
+        self,
+        made: RecordedEngine,
+        sequences: Sequence[TokenSequence],
+        matrices: Mapping[str, torch.Tensor],
+        chosen: Sequence[np.ndarray],
+    ) -> SplitTexts:
+        """Split texts, with news for the watch of this thread's scans."""
+        with ScanProgress(len(sequences), what="texts") as progress:
+            return split_texts(
+                made.model, made.engine, sequences, matrices, chosen, made.batch,
+                self._splitter.turn, progress.update,
+            )  # fmt: skip
+
     def _query_norms(self, rows: QueryRows) -> np.ndarray:
         """Return by what the queries were divided when they were prepared."""
         if SCORES[self._scan.score].divisor != "norms":
@@ -246,19 +265,6 @@ class _Group:
         )
         norms = (layers.double() * self._scan.solved(layers)).sum(dim=1).sqrt()
         return torch.where(norms > 0, norms, 1.0).numpy()
-
-
-def _split(
-    made: RecordedEngine,
-    sequences: Sequence[TokenSequence],
-    matrices: Mapping[str, torch.Tensor],
-    chosen: Sequence[np.ndarray],
-) -> SplitTexts:
-    """Split texts, with news for the watch of this thread's scans."""
-    with ScanProgress(len(sequences), what="texts") as progress:
-        return split_texts(
-            made.model, made.engine, sequences, matrices, chosen, made.batch, progress.update
-        )
 
 
 class _Places:

@@ -44,6 +44,11 @@ class QueryTokenizer:
             tokenizer, special_tokens, rules, _WHOLE, vocabulary=vocabulary
         )
 
+    @property
+    def takes_chat(self) -> bool:
+        """Whether a conversation has tokens: there is a chat template for it."""
+        return self._documents.takes_chat
+
     def sequences_of(self, queries: Sequence[Query]) -> list[TokenSequence]:
         """Return the sequences of all queries; an owner is a query's place.
 

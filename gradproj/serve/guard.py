@@ -1,6 +1,5 @@
 """Checks before the routes: who may ask, how much, and what a browser may do with the page."""
 
-import asyncio
 import ipaddress
 import secrets
 import sys
@@ -14,8 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 2**20
 MAX_PATH = 2000
-BODY_WITHIN_S = 30.0
-"""Seconds in which a request's body must have come."""
 OPEN_PATHS = ("/", "/healthz")
 """Paths, besides those of the page's files, that need no token: none shows anything of a store."""
 FILES_PREFIX = "/page/"
@@ -153,20 +150,16 @@ async def _body(scope: Scope, receive: Receive) -> bytes | JSONResponse:
         return b""
     too_large = _refused(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
     parts, n_bytes = [], 0
-    try:
-        async with asyncio.timeout(BODY_WITHIN_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return _refused(400, "the body did not come to its end")
-                parts.append(message.get("body", b""))
-                n_bytes += len(parts[-1])
-                if n_bytes > MAX_BODY_BYTES:
-                    return too_large
-                if not message.get("more_body"):
-                    return b"".join(parts)
-    except TimeoutError:
-        return _refused(408, "the body did not come in time")
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return _refused(400, "the body did not come to its end")
+        parts.append(message.get("body", b""))
+        n_bytes += len(parts[-1])
+        if n_bytes > MAX_BODY_BYTES:
+            return too_large
+        if not message.get("more_body"):
+            return b"".join(parts)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -6,6 +6,7 @@ loop. A slow reader holds nothing up: of a kind of event, it gets the latest.
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -37,6 +38,8 @@ class ScanControl:
     deadline: float
     post: Callable[[Event], None]
     """Sends an event, from any thread; of a kind of event the latest counts."""
+    leave_place: Callable[[], object] = lambda: None
+    """Lets the next scan start, from any thread: what follows is no scan."""
     is_cancelled: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
@@ -52,20 +55,24 @@ Work = Callable[[ScanControl], Event]
 
 
 class ScanQueue:
-    """Runs scans, ``most_running`` at a time; the others wait in the order in which they came."""
+    """Runs scans, ``most_running`` at a time; the others wait in the order in which they came.
+
+    ``most_waiting`` counts those that wait for a place, and those that have left theirs.
+    """
 
     def __init__(self, most_running: int, most_waiting: int, time_limit_s: float) -> None:
-        self._most_running, self._most_waiting = most_running, most_waiting
+        self._most_running = most_running
         self._time_limit_s = time_limit_s
-        self._threads = ThreadPoolExecutor(most_running, thread_name_prefix="scan")
+        self._most = most_running + most_waiting
+        self._threads = ThreadPoolExecutor(self._most, thread_name_prefix="scan")
         self._waiting: list[object] = []
-        self._running = 0
+        self._running = self._aside = 0
         self._changed = asyncio.Event()
 
     @property
     def counts(self) -> dict[str, int]:
         """Numbers of scans that run and that wait."""
-        return {"running": self._running, "waiting": len(self._waiting)}
+        return {"running": self._running + self._aside, "waiting": len(self._waiting)}
 
     async def events(self, work: Work) -> Events:
         """Wait for a place, run ``work`` and yield its events, ``queued`` ones before it starts.
@@ -75,8 +82,8 @@ class ScanQueue:
         Raises:
             QueueFull: so many wait that this one is not accepted.
         """
-        if len(self._waiting) >= self._most_waiting:
-            raise QueueFull(f"{len(self._waiting)} scans are waiting already; try again later")
+        if sum(self.counts.values()) >= self._most:
+            raise QueueFull(f"{self._most} questions are here already; try again later")
         ticket = object()
         self._waiting.append(ticket)
         try:
@@ -110,9 +117,24 @@ class ScanQueue:
         def post(event: Event) -> None:
             loop.call_soon_threadsafe(receive, event)
 
-        control = ScanControl(time.monotonic() + self._time_limit_s, post)
+        has_place = True
+
+        def leave() -> None:
+            nonlocal has_place
+            if has_place:
+                has_place = False
+                self._running, self._aside = self._running - 1, self._aside + 1
+                self._changed.set()
+                self._changed = asyncio.Event()
+
+        def ended(_: object) -> None:
+            leave()
+            self._aside -= 1
+
+        leave_place = functools.partial(loop.call_soon_threadsafe, leave)
+        control = ScanControl(time.monotonic() + self._time_limit_s, post, leave_place)
         running = loop.run_in_executor(self._threads, _guarded, work, control)
-        running.add_done_callback(self._ended)
+        running.add_done_callback(ended)
         running.add_done_callback(lambda _: arrived.set())
         try:
             while not running.done():
@@ -123,11 +145,6 @@ class ScanQueue:
             yield running.result()
         finally:
             control.is_cancelled.set()
-
-    def _ended(self, _: object) -> None:
-        self._running -= 1
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def close(self) -> None:
         """Wait for no thread: a server that ends takes its scans with it."""

@@ -72,10 +72,13 @@ def in_bucket(path: Path) -> bool:
     return isinstance(path, ObjectPath)
 
 
-def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, in no order; none if it does not exist."""
+def names_in(folder: Path, min_object_bytes: int = 0) -> list[str]:
+    """Return the names in a folder, in no order; none if it does not exist.
+
+    In a bucket without objects of fewer bytes than ``min_object_bytes``.
+    """
     if isinstance(folder, ObjectPath):
-        return folder.names()
+        return folder.names(min_bytes=min_object_bytes)
     try:
         return os.listdir(folder)
     except FileNotFoundError:

@@ -4,6 +4,7 @@ A key names an object, or the common beginning of several keys.
 """
 
 import errno
+import io
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -23,6 +24,8 @@ Version = dict[str, str]
 
 
 PARTS_AT_ONCE = 4
+MAX_PUT_BYTES = 5_000_000_000
+"""The most that S3 and Azure take in one request. Parts in several have no conditions there."""
 _LARGE_BYTES = 2**23
 _UPLOADING = replace(POLICY, stall_s=600.0, deadline_s=1200.0)
 """For large bodies: the client's time without an answer runs while it still sends."""
@@ -91,11 +94,14 @@ class StoredObject(Address):
                 meta["e_tag"] = f'"{meta["e_tag"]}"'
         return list(found["common_prefixes"]), self._without_own(found["objects"])
 
-    def names(self, *, folders_only: bool = False) -> list[str]:
-        """Return the names in this folder, sorted."""
+    def names(self, *, folders_only: bool = False, min_bytes: int = 0) -> list[str]:
+        """Return the names in this folder, sorted.
+
+        ``min_bytes``: size of the smallest objects that are returned.
+        """
         keys, objects = self.listing()
         if not folders_only:
-            keys += [meta["path"] for meta in objects]
+            keys += [meta["path"] for meta in objects if meta["size"] >= min_bytes]
         return sorted({key.rstrip("/").rpartition("/")[2] for key in keys})
 
     def keys_below(self) -> list[str]:
@@ -181,7 +187,7 @@ class StoredObject(Address):
 
     def put(self, chunks: Iterable[Any]) -> None:
         """Write the object, whatever is there."""
-        self._send(_joined(chunks))
+        self._send(one_buffer(chunks))
 
     def put_in_parts(self, read: Callable[[], Iterable[Any]]) -> None:
         """Write an object of any size, ``PARTS_AT_ONCE`` parts of it at a time.
@@ -217,7 +223,7 @@ class StoredObject(Address):
         return self._put_if(chunks, dict(version))
 
     def _put_if(self, chunks: Iterable[Any], mode: Any) -> bool:
-        data = _joined(chunks)
+        data = one_buffer(chunks)
         try:
             self._send(data, mode=mode)
         except (Unchanged, FileNotFoundError):
@@ -263,10 +269,20 @@ class StoredObject(Address):
                 raise
 
 
-def _joined(chunks: Iterable[Any]) -> Any:
-    """Return buffers as one, which a request can send again."""
-    parts = list(chunks)
-    return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+def one_buffer(chunks: Iterable[Any]) -> bytes:
+    """Return buffers as one, which a request can send again. Holds a chunk at a time besides it."""
+    chunks = iter(chunks)
+    first = next(chunks, b"")
+    second = next(chunks, None)
+    if second is None:
+        return bytes(first)  # no copy of bytes
+    joined = io.BytesIO()
+    for chunk in (first, second):
+        joined.write(chunk)
+    del first, second
+    for chunk in chunks:
+        joined.write(chunk)
+    return joined.getvalue()  # shares its buffer
 
 
 def _version(meta: Any) -> Version:

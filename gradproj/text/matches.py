@@ -50,6 +50,7 @@ def common_passages(
 ) -> list[Passage]:
     """Return at most ``most`` passages, the rarest first, that do not overlap in the document.
 
+    Those of a single token come last: a digit or a bracket says little of where a text comes from.
     One that comes several times is returned once. ``document`` are its tokens ``(S,)``. Of a query
     with a prompt, a passage is in the completion, but for up to three tokens of the n-gram that
     found it.
@@ -57,7 +58,8 @@ def common_passages(
     asked, held = _Ngrams.of(query), _Ngrams.of(QueryText(document))
     shared = np.flatnonzero(np.isin(held.hashes, asked.hashes))
     counts = frequencies.counts(held.hashes[shared])
-    order = np.lexsort((held.last[shared], -held.n[shared], counts))
+    n = held.n[shared]
+    order = np.lexsort((held.last[shared], -n, counts, n == 1))
     passages: dict[bytes, Passage] = {}
     taken = np.zeros(len(document), bool)
     for number in order.tolist():

@@ -49,10 +49,11 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--token_clients", type=int, default=0, help="of these, with --tokens")
     parser.add_argument("--seconds", type=float, default=120)
     args = parser.parse_args()
     if args.what == "clients":
-        many_clients(args.output, args.clients, args.seconds)
+        many_clients(args.output, args.clients, args.token_clients, args.seconds)
     else:
         with tempfile.TemporaryDirectory() as folder:
             over_the_scan(Path(folder), args.gb, args.rounds)
@@ -92,7 +93,7 @@ def over_the_scan(folder: Path, gb: float, rounds: int) -> None:
         print_table(interleave(variants, rounds, time.perf_counter), ["bare scan"])
 
 
-def many_clients(output: str, n_clients: int, seconds: float) -> None:
+def many_clients(output: str, n_clients: int, n_token_clients: int, seconds: float) -> None:
     command = [sys.executable, "-m", "gradproj", "serve", output, "--device", "cpu", "--port", "0"]
     server = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -106,20 +107,22 @@ def many_clients(output: str, n_clients: int, seconds: float) -> None:
             pass
         threading.Thread(target=server.stderr.read, daemon=True).start()
         started = time.perf_counter()
-        ask(port, 0)
+        ask(port, 0, False)
         print(f"first answer after the start: {time.perf_counter() - started:.3f} s")
-        times, errors, memory = [], [], []
+        times: dict[bool, list[float]] = {False: [], True: []}
+        errors, memory = [], []
         end = time.monotonic() + seconds
 
         def visit(number: int) -> None:
+            with_tokens = number < n_token_clients
             while time.monotonic() < end:
                 started = time.perf_counter()
                 try:
-                    ask(port, number)
+                    ask(port, number, with_tokens)
                 except Exception as error:
                     errors.append(repr(error))
                 else:
-                    times.append(time.perf_counter() - started)
+                    times[with_tokens].append(time.perf_counter() - started)
 
         threads = [threading.Thread(target=visit, args=(n,)) for n in range(n_clients)]
         for thread in threads:
@@ -130,18 +133,23 @@ def many_clients(output: str, n_clients: int, seconds: float) -> None:
         for thread in threads:
             thread.join()
         quarter = memory[len(memory) // 4]
-        times.sort()
-        print(f"{len(times):,} answers, {len(errors)} errors {sorted(set(errors))[:3]}")
-        print(f"median {times[len(times) // 2]:.2f} s, p95 {times[int(0.95 * len(times))]:.2f} s")
+        print(f"{len(errors)} errors {sorted(set(errors))[:3]}")
+        for with_tokens, found in times.items():
+            found.sort()
+            if found:
+                middle, late = found[len(found) // 2], found[int(0.95 * len(found))]
+                print(f"{len(found):,} answers {'with tokens' if with_tokens else 'of scores'}: "
+                      f"median {middle:.2f} s, p95 {late:.2f} s")  # fmt: skip
         print(f"memory {quarter:.0f} MB at a quarter, {memory[-1]:.0f} MB at the end")
     finally:
         server.kill()
         server.wait()
 
 
-def ask(port: int, number: int) -> None:
+def ask(port: int, number: int, with_tokens: bool) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    body = json.dumps({"text": TEXTS[number % len(TEXTS)], "top_k": 10, "show_text": True})
+    question = {"text": TEXTS[number % len(TEXTS)], "top_k": 10, "show_text": True}
+    body = json.dumps({**question, "tokens": with_tokens})
     connection.request("POST", "/api/query", body, {"content-type": "application/json"})
     response = connection.getresponse()
     lines = response.read().splitlines()

@@ -13,6 +13,7 @@ from helpers.query_command import TEXT, ask  # noqa: F401
 from gradproj.analysis.watch import ScanWatch, watching
 from gradproj.cli.query import AnswerWatch, QueryConfig, Session, answer
 from gradproj.cli.query.json_lines import json_lines
+from gradproj.engine import token_parts
 from gradproj.errors import GradprojError, StoreError
 from gradproj.query import Query
 from gradproj.store import ProjectionStore
@@ -157,6 +158,27 @@ def test_the_wait_for_the_model_can_be_stopped(job):
     done.set()
     holder.join()
     assert answer(config(job.output, score="dot"), session).rankings[0].top.n_scored > 1
+
+
+def test_a_question_of_scores_is_answered_between_the_texts_of_another(job, monkeypatch):
+    """Each pass over a text waits for the model to be used by the other question in between."""
+    monkeypatch.setattr(token_parts, "_TOKENS_AT_ONCE", 1)
+    session, order = Session(str(job.output)), []
+    plain = config(job.output, score="dot")
+    answer(plain, session)
+
+    class Other(AnswerWatch):
+        def advanced(self, n_done, n_total, what):
+            if what == "texts" and "other" not in order:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(answer, plain, session).result(60)
+                order.append("other")
+            order.append(what)
+
+    split = answer(config(job.output, tokens=True, top_k=3), session, watch=Other())
+    assert "other" in order
+    assert order[order.index("other") :].count("texts") > 2
+    assert split.tokens.found
 
 
 def test_threads_share_a_session(job):

@@ -21,9 +21,10 @@ STEPS = ("store published", "partial published", "shard published", "record publ
 def test_a_token_that_expires_in_mid_run_loses_nothing(tmp_path, model_dir, bucket, s3_server):
     if bucket.scheme != "s3":
         pytest.skip("the proxy answers as S3 does")
-    shards = make_corpus(tmp_path / "tars", mixed_documents(48), per_tar=20)
+    shards = make_corpus(tmp_path / "tars", mixed_documents(24), per_tar=20)
     output, url = path_of(f"{bucket}/out"), s3_server.url
-    settings = SETTINGS | {"shards": shards, "model": model_dir, "basis": "random"}
+    settings = SMALL_JOB | {"rows_per_shard": 8, "device": "cpu", "encoding": "signs"}
+    settings |= {"shards": shards, "model": model_dir}
     with fault_proxy(url, seed=0, rates={}) as proxy, Ranks(tmp_path) as ranks:
         environment = s3_server.environment | {"AWS_ENDPOINT_URL": url_of(proxy)}
         launch = Launch(ranks, output, environment, **settings)
@@ -35,10 +36,11 @@ def test_a_token_that_expires_in_mid_run_loses_nothing(tmp_path, model_dir, buck
         assert "the credentials have expired; log in again" in ended.output
         assert "Traceback" not in ended.output
         kept = {path.name: path.read_bytes() for path in (output / "units").iterdir()}
-        assert 0 < len(kept) < 6
+        assert 0 < len(kept) < 3
         proxy.refusal = ""
         launch.finish(1)
     assert is_merged(output)
+    assert (output / "logs").names()
     assert all((output / "units" / name).read_bytes() == data for name, data in kept.items())
 
 
@@ -62,5 +64,5 @@ def test_killed_job_resumes_to_the_bytes_of_a_disk(tmp_path, model_dir, bucket, 
     assert json.loads((output / "projection_stats.json").read_text())["complete"] is True
     left = {name: (output / name).names() for name in (*FOLDERS, "prepared", "probe")}
     assert len(left.pop("units")) == 6
-    assert left.pop("logs")
+    left.pop("logs")  # maybe none: ranks were stopped before a commit, or killed
     assert not any(left.values()), left

@@ -24,7 +24,7 @@ RATES = {
     "500_after": 0.01,
     "503": 0.01,
     "429": 0.01,
-    "409": 0.01,
+    "409": 0.05,
     "stall": 0.01,
     "cut": 0.02,
 }
@@ -47,7 +47,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.choose(self.command, "If-None-Match" in self.headers)
+        is_conditional = "If-None-Match" in self.headers or "If-Match" in self.headers
+        fault = self.server.choose(self.command, self.command == "PUT" and is_conditional)
         if self.server.refusal:
             return self._answer(403, self.server.refusal)
         if fault == "reset":

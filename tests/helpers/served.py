@@ -13,22 +13,30 @@ from gradproj.serve.scans import ScanQueue
 @contextmanager
 def served(*outputs, access=None, **flags):
     """Serve outputs; yield the address and the queue of scans."""
-    import uvicorn
-
     others = tuple(map(str, outputs[1:]))
     config = ServeConfig(output=str(outputs[0]), others=others, device="cpu", **flags)
     queue = ScanQueue(config.max_scans, config.max_queue, config.time_limit_s)
     app = Server(explorers_of(config), queue).app(Access(**(access or {})))
+    with running(app) as port:
+        yield f"http://127.0.0.1:{port}/", queue
+
+
+@contextmanager
+def running(app):
+    """Run an ASGI application as the command does; yield its port."""
+    import uvicorn
+
+    from gradproj.serve import connections
+
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    settings = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(settings)
+    server = uvicorn.Server(connections.settings(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/", queue
+        yield listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(30)

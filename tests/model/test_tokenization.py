@@ -7,6 +7,7 @@ from helpers.models import make_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from gradproj.model.long_words import longest_token, settled_ids
 from gradproj.model.tokenization import Tokenizing
 
 
@@ -46,6 +47,45 @@ def test_only_the_beginning_of_a_long_document_is_tokenized(tokenizer, monkeypat
     )
     Tokenizing(tokenizer, "none", 16).ids([words(5000, 1)])
     assert [len(text) for text in seen] == [12 * 16]
+
+
+ALPHABETS = ["x", "ab", "theof", "0123456789", "the of and to", "a\u00e9\u4e2d"]
+
+
+@pytest.mark.parametrize("special", ["tokenizer", "bos"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_word_of_any_length_is_tokenized_by_its_beginning(tokenizer, monkeypatch, special, seed):
+    random, most = np.random.default_rng(seed), 8
+    alphabet = list(ALPHABETS[seed])
+    texts = ["".join(random.choice(alphabet, n)).replace(" ", "") for n in (5000, 9000, 30000)]
+    texts = ["a word " * random.integers(0, 3) + text for text in texts for _ in range(4)]
+    whole = [tokenizer(text).input_ids for text in texts]
+    seen, encode = [], Tokenizing._encode
+    monkeypatch.setattr(
+        Tokenizing, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts)
+    )
+    for want, got in zip(whole, Tokenizing(tokenizer, special, most).ids(texts), strict=True):
+        assert got[:most].tolist() == [*([0] if special == "bos" else []), *want][:most]
+    is_ascii = ALPHABETS[seed].isascii()  # else a token may end within a character
+    assert (max(map(len, seen)) == 2 * 12 * most) == is_ascii
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.1}, {"end_of_word_suffix": "</w>"}, {}])
+def test_long_words_of_other_rules_are_tokenized_whole(change):
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "</w>": 3, "a</w>": 4}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")], **change))
+    backend.normalizer = None if change else normalizers.NFC()
+    assert longest_token(PreTrainedTokenizerFast(tokenizer_object=backend)) == 0
+
+
+@pytest.mark.parametrize(("every", "is_settled"), [(1, True), (7, False)])
+def test_tokens_that_depend_on_where_a_word_is_cut_are_not_taken(tokenizer, every, is_settled):
+    def encode(texts):
+        texts = [text.replace("x", "xy"[len(text) % every > 0]) for text in texts]
+        return tokenizer(texts).encodings
+
+    found = settled_ids(encode, "x" * 500, limit=96, n=8, longest=20)
+    assert (found is not None) == is_settled
 
 
 def test_without_a_limit_the_whole_document_is_tokenized(tokenizer):

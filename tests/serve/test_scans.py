@@ -69,6 +69,36 @@ def test_scans_wait_for_a_place_and_more_than_may_wait_are_refused():
     asyncio.run(run())
 
 
+def test_one_that_leaves_its_place_lets_the_next_start_and_still_counts():
+    async def run():
+        queue, gate = ScanQueue(1, 1, 60), threading.Event()
+
+        def leave(control):
+            control.leave_place()
+            control.leave_place()
+            gate.wait(60)
+            return {"event": "answer"}
+
+        async def until(running):
+            while queue.counts != {"running": running, "waiting": 0}:
+                await asyncio.sleep(0.01)
+
+        aside = asyncio.create_task(collect(queue, leave))
+        await until(1)
+        assert (await collect(queue, answer))[-1] == {"event": "answer"}
+        await until(1)
+        second = asyncio.create_task(collect(queue, leave))
+        await until(2)
+        with pytest.raises(QueueFull):
+            await collect(queue, answer)
+        gate.set()
+        await asyncio.gather(aside, second)
+        await until(0)
+        assert (await collect(ScanQueue(1, 0, 60), answer))[-1] == {"event": "answer"}
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_closed_stream_ends_its_scan_and_frees_its_place(waits):
     async def run():

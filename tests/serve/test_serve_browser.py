@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import urllib.request
 
 import pytest
 
@@ -12,12 +13,12 @@ pytest.importorskip("playwright")
 from helpers.outputs import copy_of, uncommit
 from helpers.report_page import HOSTILE_TEXTS, N_DOCUMENTS, shared_job
 from helpers.served import chromium, served
+from helpers.visitor import QUESTION, Visitor
 
 from gradproj.cli.serve.explorer import ControlWatch
 
 pytestmark = pytest.mark.browser
 
-QUESTION = "the of and"
 OVERRIDES = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 NEEDS_NAMES = """() => [...document.querySelectorAll("input, select, textarea, button, canvas")]
   .filter(e => e.checkVisibility() && !e.labels?.length && !e.getAttribute("aria-label")
@@ -42,49 +43,6 @@ def server(made, tmp_path_factory):
 def browser():
     with chromium() as started:
         yield started
-
-
-class Visitor:
-    """A page that notes what it should not do."""
-
-    def __init__(self, browser, address, width=1280, scheme="light", **options):
-        size = {"width": width, "height": 900}
-        self.context = browser.new_context(viewport=size, color_scheme=scheme, **options)
-        self.page, self.address, self.problems = self.context.new_page(), address, []
-        self.page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
-        self.page.on("console", self._note)
-        self.page.on("dialog", lambda dialog: self.problems.append("a dialog was opened"))
-        self.page.on("request", self._check)
-        self.go("")
-
-    def _note(self, message):
-        if message.type in ("error", "warning"):
-            self.problems.append(f"console: {message.text}")
-
-    def _check(self, request):
-        if not request.url.startswith((self.address, "blob:", "data:")):
-            self.problems.append(f"request to {request.url}")
-
-    def go(self, hash):
-        self.page.goto(self.address + hash)
-        self.page.wait_for_selector("body[data-ready]")
-
-    def ask(self, text=QUESTION, panel=0):
-        place = self.page.locator("form").nth(panel)
-        place.get_by_label("Text", exact=True).fill(text)
-        place.get_by_role("button", name="Ask", exact=True).click()
-
-    def wait_for_answer(self, panel=0):
-        news = self.page.locator(".news").nth(panel)
-        news.filter(has_text=re.compile(r"\d documents?\.")).wait_for(timeout=120_000)
-
-    def scores(self, panel=0):
-        found = self.page.locator("section[aria-label='Question and answer']").nth(panel)
-        return found.locator(".score").all_inner_texts()
-
-    def close(self):
-        self.context.close()
-        assert self.problems == []
 
 
 @pytest.fixture
@@ -121,6 +79,11 @@ def test_ask_read_open_and_return_by_the_link(visit, width, scheme, tmp_path):
     dialog = page.get_by_role("dialog")
     dialog.locator(".excerpt").wait_for()
     assert len(dialog.locator(".excerpt").inner_text()) > 20
+    tokens = dialog.locator(".excerpt span[title]")
+    shades = tokens.evaluate_all("all => all.map(e => e.style.background)")
+    assert any("rgb" in shade for shade in shades)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.screenshot(path=tmp_path / "document.png")
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
     other = visit(width=width)
@@ -203,7 +166,12 @@ def test_hostile_documents_change_nothing(visit):
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
-def test_ask_with_a_document_and_compare_two_outputs(visit):
+def whole_text(server, sample_id):
+    with urllib.request.urlopen(f"{server[0]}api/outputs/0/documents/{sample_id}") as answer:
+        return json.load(answer)["text"]
+
+
+def test_ask_with_a_document_and_compare_two_outputs(visit, server):
     visitor = visit()
     page = visitor.page
     visitor.ask()
@@ -212,6 +180,13 @@ def test_ask_with_a_document_and_compare_two_outputs(visit):
     page.locator(".hit").nth(1).get_by_role("button", name="Ask with").click()
     page.locator(".hit").first.and_(page.locator(f'[data-id="{chosen}"]')).wait_for()
     visitor.wait_for_answer()
+    page.locator(".hit").first.get_by_role("button", name="Open").click()
+    dialog = page.get_by_role("dialog")
+    asked = page.get_by_label("Text", exact=True).input_value()
+    assert "".join(dialog.locator("mark.shared").all_text_contents()).strip() in asked
+    assert len(dialog.locator("mark.shared span[title]").all()) > 3
+    assert dialog.locator(".excerpt").text_content() in whole_text(server, chosen)
+    page.keyboard.press("Escape")
     page.get_by_role("button", name="Compare with a second question").click()
     visitor.ask(panel=0)
     visitor.wait_for_answer(0)
@@ -316,6 +291,24 @@ def test_the_map_zooms_names_and_opens_documents(visit):
     assert canvas.evaluate(pixels) != whole
     page.keyboard.press("0")
     assert canvas.evaluate(pixels) == whole
+    domain = page.locator(".legend button").nth(1)
+    for notice, leave in ((domain.focus, domain.blur), (domain.hover, canvas.hover)):
+        notice()
+        assert canvas.evaluate(pixels) != whole
+        leave()
+        page.mouse.move(1, 1)
+        assert canvas.evaluate(pixels) == whole
+    canvas.hover()
+    for control in (False, True):
+        if control:
+            page.keyboard.down("Control")
+        page.mouse.wheel(0, -100)
+        page.wait_for_timeout(100)
+        page.keyboard.up("Control")
+        page.mouse.move(1, 1)
+        assert (canvas.evaluate(pixels) == whole) != control
+        canvas.hover()
+    canvas.press("0")
     box = canvas.bounding_box()
     news = page.locator("#view-map p[role=status]")
     for y in range(4, int(box["height"]), 8):  # until the pointer is near a document

@@ -2,7 +2,9 @@
 
 import logging
 import time
+import weakref
 
+import numpy as np
 import pytest
 from obstore.store import MemoryStore
 
@@ -14,6 +16,7 @@ from gradproj.storage.log_file import log_file
 from gradproj.storage.object_path import ObjectPath, names_in, path_of, read_if_changed
 from gradproj.storage.probe import check_conditional_writes
 from gradproj.storage.publish import ObjectPublisher, Outdated, publisher_of
+from gradproj.storage.stored_object import one_buffer
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -135,6 +138,36 @@ def test_a_log_in_a_bucket_is_copied_at_intervals_and_at_the_end(memory, monkeyp
         assert time.monotonic() < until
     handler.close()
     assert copy.read_text() == "line\nline\n"
+
+
+def test_a_long_log_in_a_bucket_is_put_in_parts(memory, monkeypatch):
+    monkeypatch.setattr(log_module, "PART_BYTES", 10)
+    handler = log_file(memory / "rank-00000.log", "process")
+    for number in range(7):
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, f"{number:03d}", (), None))
+        if number in (1, 4):
+            handler._copy()
+    handler.close()
+    parts = [memory / f"rank-00000-process{part}.log" for part in ("", "-1", "-2")]
+    assert [part.read_text() for part in parts] == ["000\n001\n00", "2\n003\n004\n", "005\n006\n"]
+    assert sorted(path.name for path in memory.iterdir()) == sorted(path.name for path in parts)
+
+
+def test_buffers_are_joined_one_at_a_time():
+    held = []
+
+    def chunks():
+        for number in range(4):
+            chunk = np.full(2**20, number, np.uint8)
+            held.append(weakref.ref(chunk))
+            assert sum(ref() is not None for ref in held) <= 2
+            yield chunk.data
+            del chunk
+
+    assert one_buffer(chunks()) == bytes(np.repeat(np.arange(4, dtype=np.uint8), 2**20))
+    assert one_buffer([]) == b""
+    data = b"not copied"
+    assert one_buffer([data]) is data
 
 
 def test_errors_of_a_missing_bucket_are_one_line(s3_server, bucket):

@@ -65,6 +65,14 @@ def test_passages_are_common_runs_rarest_first(seed):
             assert passage.n_documents == min(frequency(ngram, lists) for ngram in ngrams(run))
 
 
+def test_single_tokens_come_last_however_rare():
+    query, document = np.array([5, 6, 9, 7]), np.array([7, 1, 5, 6])
+    counted = Counted([document, np.array([5, 6])])
+    assert counted.counts(np.unique(QueryText(np.array([7])).hashes())) == [1]
+    passages = common_passages(QueryText(query), document, counted)
+    assert [passage.tokens.tolist() for passage in passages] == [[5, 6], [7]]
+
+
 def test_copied_passage_is_one_run_and_a_prompt_is_left_out():
     random = np.random.default_rng(0)
     document = random.permutation(1000)[:50]
@@ -91,6 +99,7 @@ def test_query_shows_what_each_document_shares(ask, job):
         assert line["text_matches"][0]["documents"] == rarest
         text = tokenizer.decode(tokens[line["id"]])
         assert all(match["text"] in text for match in line["text_matches"])
+        assert all(1 <= match["tokens"] <= len(query) for match in line["text_matches"])
     shown = [line.strip() for line in ask(job.output, *words)[0] if "shares" in line]
     assert len(shown) == 5
     assert shown[0].startswith("shares")

@@ -15,9 +15,6 @@ from gradproj.query.token_scores import TokenScores
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 
-JSON_TEXT_CHARACTERS = 1000
-"""Longest text in the JSON lines; the table has one line of it."""
-
 Columns = dict[str, dict[tuple[int, int], float]]
 """Title of a column of scores -> (number of the query, sample id) -> value."""
 
@@ -29,6 +26,7 @@ class Match:
     text: str
     n_documents: int
     """Documents that hold its rarest n-gram."""
+    n_tokens: int
 
 
 Matches = dict[tuple[int, int], list[Match]]
@@ -78,8 +76,8 @@ def listed_ids(rankings: Sequence[Ranking], grouped: Grouped | None) -> list[int
 def describe(
     store: ProjectionStore, ids: Sequence[int], read_text: Callable[[int], str] | None
 ) -> dict[int, Sample]:
-    """Return the columns of documents, with the beginning of their texts if wanted."""
+    """Return the columns of documents, with the beginnings of their texts if wanted."""
     samples = {sample.sample_id: sample for sample in store.samples(ids)}
     if read_text is None:
         return samples
-    return {i: replace(s, text=read_text(i)[:JSON_TEXT_CHARACTERS]) for i, s in samples.items()}
+    return {i: replace(s, text=read_text(i)) for i, s in samples.items()}

@@ -35,7 +35,6 @@ from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.job.recorded import config_from
 from gradproj.query.hidden import HIDDEN
-from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT
 
 _RANKERS = {TEXT: rank_by_text, HIDDEN: rank_by_hidden}
@@ -111,7 +110,7 @@ def answer(
         n_top = min(max(k, config.rescore), len(store))
         read_text = None
         if config.show_text:
-            read_text = functools.partial(text_of, session.index(config))
+            read_text = functools.partial(session.beginning, config)
         if config.tokens:
             check_can_split(config, store, session)
         question = Question(config, store, session, (n_top, n_bottom), note, texts, watch)

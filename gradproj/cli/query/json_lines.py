@@ -40,7 +40,11 @@ def json_lines(answer: Answer) -> Iterator[str]:
                         fields[title.replace(" ", "_")] = _finite(column[number, sample_id])
                     if answer.matches is not None:
                         fields["text_matches"] = [
-                            {"text": match.text, "documents": match.n_documents}
+                            {
+                                "text": match.text,
+                                "documents": match.n_documents,
+                                "tokens": match.n_tokens,
+                            }
                             for match in answer.matches[number, sample_id]
                         ]
                     if answer.tokens is not None:

@@ -2,8 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from gradproj.analysis import Preconditioner, QuerySets
@@ -13,6 +14,7 @@ from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.watch import ScanWatch, present_watch
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.subjects import Subjects
+from gradproj.cli.query.turns import LOOK_AGAIN_S, Place, Turns
 from gradproj.corpus.index import CorpusIndex
 from gradproj.distributed import Process
 from gradproj.errors import StoreError
@@ -27,11 +29,14 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
 from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
+from gradproj.store.texts import text_of
 
 T = TypeVar("T")
-_LOOK_AGAIN_S = 0.2
 WAITS = "waits for the model"
 """Progress of a question that waits while another one loads, fits or uses the model."""
+BEGINNING = 1000
+"""Characters of a text that are kept."""
+_MOST_TEXTS = 2**13
 _MOST_FITTED = 4
 """Curvatures kept: of a model with wide layers, one takes gigabytes."""
 
@@ -45,12 +50,12 @@ class Session:
     These are the model with its engine, the curvatures, the tokenizer, and the index of the tars.
     The store itself is opened again for each question, in milliseconds: an answer counts the rows
     that a running job has added. Threads may share a session: the model works for one of them
-    at a time, and their scans run side by side.
+    at a time, in ``Turns``, and their scans run side by side.
     """
 
     def __init__(self, output: str, process: Process | None = None) -> None:
         self.output, self.process = output, process or Process(0, 1, 0, 1)
-        self._model_lock, self._lock = threading.RLock(), threading.RLock()
+        self._turns, self._lock = Turns(), threading.RLock()
         self._identity: dict[str, Any] | None = None
         # Its own: the store opens while another thread loads the model or fits a curvature.
         self._identity_lock = threading.Lock()
@@ -81,11 +86,14 @@ class Session:
 
         return self._keep(("projector", config.query_model, config.device), load)
 
-    @contextmanager
-    def model(self) -> Iterator[None]:
+    def model(self, place: Place | None = None) -> AbstractContextManager[None]:
         """Have the model for this thread alone; a watch may end the wait for it."""
-        with _held(self._model_lock):
-            yield
+        return self._turns.turn(place, _waits)
+
+    def parts(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return ``model`` for work of many parts, between which other threads have the model."""
+        place = self._turns.place()
+        return lambda: self.model(place)
 
     def engine(self, config: QueryConfig, store: ProjectionStore) -> RecordedEngine:
         """Return the job's model with its engine; it works within ``model`` alone."""
@@ -105,6 +113,15 @@ class Session:
     def index(self, config: RecordedRunArgs) -> CorpusIndex:
         """Return where the documents are; ``CorpusError`` if the tars are not there."""
         return self._keep(("index",), lambda: recorded_index(path_of(config.output), config.shards))
+
+    def beginning(self, config: RecordedRunArgs, sample_id: int) -> str:
+        """Return the beginning of a document's text; those read last are kept."""
+        index = self.index(config)
+
+        def load() -> Callable[[int], str]:
+            return lru_cache(_MOST_TEXTS)(lambda i: text_of(index, i)[:BEGINNING])
+
+        return self._keep(("texts",), load)(sample_id)
 
     def preconditioner(
         self,
@@ -132,14 +149,18 @@ class Session:
 @contextmanager
 def _held(lock: threading.RLock) -> Iterator[None]:
     """Hold a lock; a watch may end the wait for it."""
-    watch = present_watch()
-    while not lock.acquire(timeout=_LOOK_AGAIN_S):
-        if watch is not None:
-            watch.advanced(0, 1, WAITS)
+    while not lock.acquire(timeout=LOOK_AGAIN_S):
+        _waits()
     try:
         yield
     finally:
         lock.release()
+
+
+def _waits() -> None:
+    watch = present_watch()
+    if watch is not None:
+        watch.advanced(0, 1, WAITS)
 
 
 class AnswerWatch(ScanWatch):
@@ -147,6 +168,9 @@ class AnswerWatch(ScanWatch):
 
     def asked(self, subjects: Subjects, damping: float | str | None) -> None:
         """The queries are projected; the first scan's scores are of them, by this damping."""
+
+    def scanned(self) -> None:
+        """The scans are over; what follows works on listed documents alone, with the model."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The scores of listed documents by token and layer, at one checkpoint or summed over several."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,12 +50,15 @@ def split_answer(
     if not config.tokens or session.process.rank or not ranking.top.n_scored:
         return None
     scan, projector = ranker.without_scan(config.dampings[0]), None
+    if question.watch is not None:
+        question.watch.scanned()
     with session.model():
         if not config.query_store and not config.makes_sets:
             projector = session.projector(config, store)
         made, index = session.engine(config, store), session.index(config)
-        splitter = splitter_of(config, store, made, index, projector)
-        return split_scores(splitter, scan, rows, [ranking.top.ids, ranking.bottom.ids])
+    splitter = splitter_of(config, store, made, index, projector)
+    splitter = replace(splitter, turn=session.parts())
+    return split_scores(splitter, scan, rows, [ranking.top.ids, ranking.bottom.ids])
 
 
 def split_scores(

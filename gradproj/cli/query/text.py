@@ -51,7 +51,8 @@ def text_matches(
         found = passages_of(scan.index, query, np.concatenate(ends))
         for sample_id, passages in found.items():
             matches[number, sample_id] = [
-                Match(tokenizer.decode(passage.tokens), passage.n_documents) for passage in passages
+                Match(tokenizer.decode(passage.tokens), passage.n_documents, len(passage.tokens))
+                for passage in passages
             ]
     return matches
 

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import ipaddress
+import os
 import secrets
 import socket
 import sys
@@ -19,6 +21,7 @@ from gradproj.flags import flag, parse
 from gradproj.job.recorded_args import RecordedRunArgs
 
 MIN_TOKEN = 16
+TOKEN_VARIABLE = "GRADPROJ_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class ServeConfig(RecordedRunArgs, title="serve"):
     port: int = flag("Port; 0 = any that is free.", 8765, minimum=0, maximum=65535)
     token: str = flag(
         f"Secret of at least {MIN_TOKEN} characters that requests must have; auto: a new one, "
-        "which is printed. Default: none for this machine alone, else auto.",
+        f"which is printed. Default: that of the environment's {TOKEN_VARIABLE}, which no list of "
+        "processes shows; else none for this machine alone, and auto otherwise.",
         "",
         metavar="auto|TEXT",
     )
@@ -58,13 +62,19 @@ class ServeConfig(RecordedRunArgs, title="serve"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.token not in ("", "auto") and len(self.token) < MIN_TOKEN:
-            raise ConfigError(f"--token has fewer than {MIN_TOKEN} characters; auto makes one")
-        if not all("!" <= c <= "~" for c in self.token):
-            raise ConfigError("--token has blanks or is not ASCII; auto makes one")
+        name = "--token" if self.token else TOKEN_VARIABLE
+        if self.given_token not in ("", "auto") and len(self.given_token) < MIN_TOKEN:
+            raise ConfigError(f"{name} has fewer than {MIN_TOKEN} characters; auto makes one")
+        if not all("!" <= c <= "~" for c in self.given_token):
+            raise ConfigError(f"{name} has blanks or is not ASCII; auto makes one")
         moved = [f"--{x}" for x in ("model", "tokenizer", "shards") if getattr(self, x)]
         if self.others and moved:
             raise ConfigError(f"with several outputs, leave {moved[0]} out: it is of one")
+
+    @property
+    def given_token(self) -> str:
+        """The secret of the flag or of the environment; empty for neither."""
+        return self.token or os.environ.get(TOKEN_VARIABLE, "")
 
     @property
     def outputs(self) -> list[str]:
@@ -113,33 +123,40 @@ def serve(config: ServeConfig) -> None:
     """
     import uvicorn
 
+    from gradproj.serve import connections
     from gradproj.serve.app import Access, Server
     from gradproj.serve.guard import is_loopback
     from gradproj.serve.scans import ScanQueue
 
     explorers = explorers_of(config)
     local_only = is_loopback(config.host)
-    token = config.token
+    token, is_new = config.given_token, False
     if token == "auto" or (not token and not local_only):
-        token = secrets.token_urlsafe(24)
+        token, is_new = secrets.token_urlsafe(24), True
     names = {config.host, *config.allow_host}
     if not local_only:
         names |= {socket.gethostname(), socket.getfqdn()}
     listener = _listener(config.host, config.port)
     queue = ScanQueue(config.max_scans, config.max_queue, config.time_limit_s)
     server = Server(explorers, queue, _log, config.log_queries)
-    settings = uvicorn.Config(
-        server.app(Access(token, names, local_only)), log_level="warning", access_log=False,
-        server_header=False, date_header=False, timeout_keep_alive=30, limit_concurrency=512,
-        timeout_graceful_shutdown=2, lifespan="off", ws="none", proxy_headers=False,
-    )  # fmt: skip
+    settings = connections.settings(server.app(Access(token, names, local_only)))
     load = functools.partial(_load, explorers)
     threading.Thread(target=load, name="load", daemon=True).start()
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"http://{host}:{listener.getsockname()[1]}/"
-    secret = f"#token={token}" if token and config.token in ("", "auto") else ""
+    address = f"http://{_shown_host(config.host)}:{listener.getsockname()[1]}/"
+    secret = f"#token={token}" if is_new else ""
     print(f"gradproj serves {len(explorers)} output(s) at {address}{secret}", flush=True)
     uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _shown_host(host: str) -> str:
+    """Return what a browser can open: of all interfaces, the name of this host."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        return socket.gethostname()
+    return f"[{host}]" if address.version == 6 else host
 
 
 def _load(explorers: Sequence[OutputExplorer]) -> None:

@@ -25,7 +25,9 @@ from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.formatting import escaped, one_line
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.kernels.memory import return_free_memory
 from gradproj.maintenance.status import read_status
+from gradproj.query.tokens import QueryTokenizer
 from gradproj.report.document_tables import TextExcerpts
 from gradproj.report.number_format import json_numbers
 from gradproj.report.overview_data import overview_data
@@ -95,6 +97,9 @@ class PartialAnswers(AnswerWatch):
         self._progress.advanced(n_done, n_total, what)
         self._hits.is_at_end = self._progress.is_at_end
 
+    def scanned(self) -> None:
+        self._control.leave_place()
+
     def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
         if self._subjects is None or not self._hits.is_due():
             return
@@ -117,6 +122,8 @@ class OutputExplorer:
         self._inputs, self.title, self._most_characters = inputs, title, most_characters
         self.session = Session(inputs.output)
         self._kept: dict[str, tuple[str, Event]] = {}
+        self._takes_chat: bool | None = None
+        """Whether there is a chat template; None before the model is loaded."""
 
     # --- questions ---
 
@@ -133,11 +140,12 @@ class OutputExplorer:
         first = {"text": "a first text", "top_k": 1, "bottom_k": 0}
         with self.session.open_store() as store:
             is_small = len(store) <= SMALL and is_job_store(store)
-        if is_small:
-            self._answered(Asked.of({**first, "text_matches": True}, 100), AnswerWatch())
-            return
-        with contextlib.suppress(_Warm):
-            self._answered(Asked.of(first, 100), FirstBlock())
+            if is_small:
+                self._answered(Asked.of({**first, "text_matches": True}, 100), AnswerWatch())
+            else:
+                with contextlib.suppress(_Warm):
+                    self._answered(Asked.of(first, 100), FirstBlock())
+            self._takes_chat = self._tokenizer(store).takes_chat
 
     def answer(self, question: dict[str, Any], control: ScanControl) -> Event:
         found, notes = self._ask(question, control)
@@ -159,6 +167,8 @@ class OutputExplorer:
             notes: list[str] = []
             found = self._answered(asked, PartialAnswers(control, store), notes.append)
         control.check()
+        if found.tokens is not None:
+            return_free_memory()  # a pass leaves much of it to its thread, of which there are many
         return found, notes
 
     def _answered(
@@ -191,6 +201,7 @@ class OutputExplorer:
                 "missing": counts["missing"],
                 "is_complete": bool(store.attributes.get("complete")),
                 "takes_text": is_job,
+                "takes_chat": self._takes_chat,
                 "scores": list(SCORES),
                 "score": ScoreArgs().score_for(store),
                 "layers": [layer.name for layer in store.layers],
@@ -267,9 +278,12 @@ class OutputExplorer:
 
     def _n_question(self, store: ProjectionStore, text: str) -> int:
         """Return how many characters of a document's text can be asked with."""
-        config = Asked.of({"text": NAME}, 100).config(**asdict(self._inputs))
         with self.session.model():
-            return self.session.projector(config, store).tokenizer.characters_that_fit(text)
+            return self._tokenizer(store).characters_that_fit(text)
+
+    def _tokenizer(self, store: ProjectionStore) -> QueryTokenizer:
+        config = Asked.of({"text": NAME}, 100).config(**asdict(self._inputs))
+        return self.session.projector(config, store).tokenizer
 
     def status(self) -> dict[str, Any]:
         return asdict(read_status(self._inputs.output))

@@ -20,10 +20,19 @@ function headers(more = {}) {
   return token ? { ...more, authorization: `Bearer ${token}` } : more;
 }
 
+// Messages name the flags of `query`; here they are the page's fields.
+const FIELDS = { top_k: "Highest", bottom_k: "Lowest", score: "Score", layers: "Layers", domains: "Domains", damping: "Damping",
+  tokens: "Tokens that matter", text_matches: "Shared text", text: "Text" };
+
+function inWords(message) {
+  return message.replace(/: give one with --chat_template FILE/g, ": ask with a text")
+    .replace(/--([a-z_]+)\b/g, (flag, name) => FIELDS[name] ?? flag);
+}
+
 async function checked(response) {
   if (response.ok) return response;
   let message = `the server answered ${response.status}`;
-  try { message = (await response.json()).message ?? message; } catch { /* no JSON */ }
+  try { message = inWords((await response.json()).message ?? message); } catch { /* no JSON */ }
   throw Object.assign(new Error(message), { status: response.status });
 }
 
@@ -58,7 +67,7 @@ export async function events(path, question, signal, take) {
     rest = lines.pop();
     for (const line of lines) {
       last = JSON.parse(line);
-      if (last.event === "error") throw new Error(last.message);
+      if (last.event === "error") throw new Error(inWords(last.message));
       take(last);
     }
   }

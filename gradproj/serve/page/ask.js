@@ -9,10 +9,10 @@ const ROLES = ["system", "user", "assistant"];
 const K = 10;
 
 export class Panel {
-  // `outputs` are the server's; `open(output, id)` shows a document, `changed()` follows a change.
+  // `outputs` are the server's; `open(output, id, hit)` shows a document, `changed()` follows a change.
   constructor(outputs, question, { open, ask, changed, answered }) {
     this.outputs = outputs; this.changed = changed; this.answered = answered;
-    this.actions = { open: (id) => open(this.output, id), ask: (id) => ask(this, id) };
+    this.actions = { open: (hit) => open(this.output, hit.id, hit), ask: (id) => ask(this, id) };
     this.hits = []; this.stop = null; this.isFinal = false;
     this.form = el("form", {});
     this.news = el("div", { class: "news", role: "status" });
@@ -39,7 +39,8 @@ export class Panel {
     const facts = this.outputs[question.output ?? 0] ?? this.outputs[0];
     this.fields = {
       output: select(this.outputs.map((x, i) => [i, x.title]), question.output ?? 0),
-      kind: select(Object.entries(KINDS), kindOf(question)),
+      // Without a chat template turns make no text; it is not known before the model is loaded.
+      kind: select(Object.entries(KINDS).filter(([kind]) => kind !== "chat" || facts.takes_chat !== false), kindOf(question)),
       text: el("textarea", { "aria-label": "Text", dir: "auto", placeholder: "A text: which documents lower its loss?" }),
       prompt: el("textarea", { "aria-label": "Prompt", dir: "auto" }),
       completion: el("textarea", { "aria-label": "Completion", dir: "auto" }),
@@ -110,6 +111,10 @@ export class Panel {
   async ask() {
     this.stop?.abort();
     const stop = this.stop = new AbortController(), question = this.question();
+    if (!question.top_k && !question.bottom_k) {
+      this.about.replaceChildren(el("p", { class: "problem", role: "alert" }, "Highest and Lowest are both 0: there is no document to show."));
+      return;
+    }
     this.asked = question; this.hits = []; this.isFinal = false;
     this.about.replaceChildren(); this.list.replaceChildren(); this.exports.hidden = true;
     this.bar.hidden = this.cancel.hidden = false; this.bar.removeAttribute("value");
@@ -122,7 +127,10 @@ export class Panel {
       this.about.append(...this.meaning(answer));
     } catch (error) {
       if (stop.signal.aborted) { if (this.stop === stop) this.say("Cancelled: these are the documents so far."); }
-      else this.about.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message)), this.say("");
+      else {
+        this.about.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message));
+        this.say(this.hits.length ? "The answer did not come to its end: these are the documents so far." : "");
+      }
     } finally {
       if (this.stop === stop) this.bar.hidden = this.cancel.hidden = true;
     }
@@ -146,9 +154,7 @@ export class Panel {
 
   show(hits, isFinal) {
     this.hits = hits; this.isFinal = isFinal;
-    const place = document.activeElement?.closest?.(".hit")?.dataset.id;
-    this.list.replaceChildren(...hitLists(hits, this.actions));
-    if (place) this.list.querySelector(`[data-id="${Number(place)}"] button`)?.focus();
+    replaceKept(this.list, hitLists(hits, this.actions));
     this.exports.hidden = hits.length === 0;
     this.exports.replaceChildren(
       el("button", { type: "button", onclick: () => this.save() }, "Save JSON lines"),
@@ -159,7 +165,7 @@ export class Panel {
   meaning({ summary, notes }) {
     const loss = this.query?.loss;
     return [
-      this.asked.tokens && shadeLegend(),
+      this.asked.tokens && shadeLegend("; the strips below the texts are the layers, the first one left"),
       this.query && el("p", { class: "soft" }, `The query has ${whole(this.query.n_tokens)} target tokens${loss == null ? "" : `, loss ${loss.toFixed(3)} nats per token`}.`),
       el("details", {}, el("summary", {}, "What the scores mean"), el("pre", {}, summary.join("\n"), notes.length ? `\n\n${notes.join("\n")}` : "")),
     ].filter(Boolean);
@@ -177,6 +183,17 @@ export class Panel {
   async copyLink(button) {
     try { await navigator.clipboard.writeText(location.href); button.textContent = "Link copied"; } catch { button.textContent = "The address bar has the link"; }
   }
+}
+
+// Replaces a list; what was open in a document stays open, and the focus stays in its document.
+function replaceKept(list, parts) {
+  const keyOf = (details) => `${details.closest(".hit").dataset.id} ${details.dataset.key}`;
+  const open = new Set([...list.querySelectorAll(".hit details[open]")].map(keyOf));
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const place = focused?.closest(".hit")?.dataset.id, number = place && [...list.querySelectorAll(`[data-id="${place}"] button`)].indexOf(focused);
+  list.replaceChildren(...parts);
+  for (const details of list.querySelectorAll(".hit details")) if (open.has(keyOf(details))) details.open = true;
+  if (place) [...list.querySelectorAll(`[data-id="${place}"] button`)].at(Math.max(number, 0))?.focus({ preventScroll: true });
 }
 
 function select(options, chosen) {

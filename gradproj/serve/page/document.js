@@ -1,42 +1,41 @@
 // One document, in a dialog.
 
 import { get } from "./api.js";
-import { el, number, whole } from "./dom.js";
+import { el, number, signed, whole } from "./dom.js";
+import { DocumentText } from "./text.js";
 
 const dialog = document.getElementById("document");
 
-export async function showDocument(index, id, ask) {
+const pathOf = (index, id) => `/api/outputs/${index}/documents/${id}`;
+
+// `hit` is what an answer says of it, if it comes from one; `ask` is called with a text to ask with.
+export async function showDocument(index, id, hit, ask) {
   const close = el("button", { type: "button", onclick: () => dialog.close() }, "Close");
   const body = el("div", {}, el("p", { role: "status" }, "Reading ..."));
   dialog.replaceChildren(el("h2", { id: "document-title" }, `Document ${id}`), body, el("div", { class: "row" }, close));
   if (!dialog.open) dialog.showModal();
   try {
-    const found = await get(`/api/outputs/${index}/documents/${id}`);
-    const text = el("p", { class: "excerpt", dir: "auto" }, found.text);
+    const found = await get(pathOf(index, id));
+    const part = async (start) => (await get(`${pathOf(index, id)}?start=${start}`)).text;
+    const text = new DocumentText(found, hit ?? {}, part);
+    if (!found.problem) await text.begin();
     body.replaceChildren(
-      el("p", { class: "facts" }, el("bdi", { class: "name" }, found.domain ?? "no domain"), el("span", {}, `loss ${number(found.loss)}`),
+      el("p", { class: "facts" }, hit && el("span", { class: "score" }, `score ${signed(hit.score)}`),
+        el("bdi", { class: "name" }, found.domain ?? "no domain"), el("span", {}, `loss ${number(found.loss)}`),
         el("span", {}, `${whole(found.n_tokens)} target tokens`), el("span", {}, found.status), el("bdi", { class: "name" }, found.key)),
-      found.problem ? el("p", { class: "problem" }, found.problem) : text);
-    if (found.text.length < found.n_characters) body.append(more(index, id, text, found));
-    const question = found.text.slice(0, found.n_question);
+      found.problem ? el("p", { class: "problem" }, found.problem) : text.element);
+    const question = beginning(found);
     if (question.trim()) close.before(el("button", { type: "button", class: "primary", onclick: () => { dialog.close(); ask(question); } }, "Ask with this document"));
   } catch (error) {
     body.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message));
   }
 }
 
-function more(index, id, text, found) {
-  let start = found.start + found.text.length;
-  const button = el("button", { type: "button", onclick: async () => {
-    const next = await get(`/api/outputs/${index}/documents/${id}?start=${start}`);
-    text.append(el("span", {}, next.text)); start += next.text.length;
-    button.hidden = start >= next.n_characters || !next.text.length;
-  } }, `More of its ${whole(found.n_characters)} characters`);
-  return button;
+export async function questionOf(index, id) {
+  const found = await get(pathOf(index, id));
+  if (found.problem) throw new Error(found.problem);
+  return beginning(found);
 }
 
-export async function questionOf(index, id) {
-  const found = await get(`/api/outputs/${index}/documents/${id}`);
-  if (found.problem) throw new Error(found.problem);
-  return found.text.slice(0, found.n_question);
-}
+// What can be asked with; in characters, not in the units of a string.
+function beginning(found) { return [...found.text].slice(0, found.n_question).join(""); }

@@ -3,20 +3,23 @@
 import { clean, el, number, shade, signed, whole } from "./dom.js";
 
 const TOKENS_AROUND = 60;
-const LARGEST_SHOWN = 8;
+const LARGEST_SHOWN = 8, LAYERS_NAMED = 3;
 
-function largestPart(tokens) {
+export function largestPart(tokens) {
   return tokens.reduce((most, token) => Math.max(most, Math.abs(token.part)), 0);
 }
 
 // Tokens as a text, shaded by their parts.
 export function shaded(tokens) {
   const largest = largestPart(tokens);
-  return tokens.map((token) => {
-    const made = el("span", { title: `${token.text || token.token}: ${signed(token.part)}` }, token.text);
-    made.style.background = shade(token.part, largest);
-    return made;
-  });
+  return tokens.map((token) => shadedToken(token, token.text, largest));
+}
+
+// A token, or some of its characters.
+export function shadedToken(token, text, largest) {
+  const made = el("span", { title: `${token.text || token.token}: ${signed(token.part)}` }, text);
+  made.style.background = shade(token.part, largest);
+  return made;
 }
 
 // The span of tokens whose parts are the largest together.
@@ -38,20 +41,23 @@ function largestTokens(tokens) {
 
 function strip(layers) {
   const parts = Object.entries(layers), largest = Math.max(...parts.map(([, part]) => Math.abs(part)));
-  const best = parts.reduce((a, b) => (Math.abs(b[1]) > Math.abs(a[1]) ? b : a));
+  const best = [...parts].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, LAYERS_NAMED);
+  const names = best.map(([name, part]) => `${name} ${signed(part)}`).join(", ");
   const cells = parts.map(([name, part]) => {
     const cell = el("span", { title: `${name}: ${signed(part)}` });
     cell.style.background = shade(part, largest);
     return cell;
   });
-  return el("div", { class: "strip", role: "img",
-    "aria-label": `Parts of ${parts.length} layers; the largest is ${best[0]}, ${signed(best[1])}` }, cells);
+  return [
+    el("div", { class: "strip", role: "img", "aria-label": `Parts of ${parts.length} layers; the largest: ${names}` }, cells),
+    el("p", { class: "soft names" }, `${parts.length > best.length ? "Most of it" : "Layers"}: ${names}`),
+  ];
 }
 
-// What the colours of tokens and layers mean.
-export function shadeLegend() {
+// What the colours of tokens mean, and what else is said.
+export function shadeLegend(rest) {
   const sample = (part) => { const made = el("i", {}); made.style.background = shade(part, 1); return made; };
-  return el("p", { class: "soft" }, el("span", { class: "shades" }, sample(1), " raises the document's score, ", sample(-1), " lowers it; the strips below the texts are the layers, the first one left"));
+  return el("p", { class: "soft" }, el("span", { class: "shades" }, sample(1), " raises the document's score, ", sample(-1), ` lowers it${rest}`));
 }
 
 function excerptOf(hit) {
@@ -60,7 +66,7 @@ function excerptOf(hit) {
     const made = el("p", { class: "excerpt", dir: "auto" }, start > 0 && "… ",
       shaded(hit.tokens).slice(start, stop), stop < hit.tokens.length && " …");
     if (stop - start === hit.tokens.length) return [made];
-    const all = el("details", {}, el("summary", {}, `All ${whole(hit.tokens.length)} tokens of its row`));
+    const all = el("details", { "data-key": "all" }, el("summary", {}, `All ${whole(hit.tokens.length)} tokens of its row`));
     all.addEventListener("toggle", () => {
       if (all.open && all.children.length === 1) all.append(el("p", { class: "excerpt", dir: "auto" }, shaded(hit.tokens)));
     });
@@ -71,7 +77,7 @@ function excerptOf(hit) {
 
 function tokensOf(hit) {
   if (!hit.tokens) return [];
-  const made = el("details", {}, el("summary", {}, "Tokens and layers in numbers"));
+  const made = el("details", { "data-key": "numbers" }, el("summary", {}, "Tokens and layers in numbers"));
   made.addEventListener("toggle", () => {
     if (!made.open || made.children.length > 1) return;
     made.append(el("h4", {}, "In the document"), largestTokens(hit.tokens));
@@ -90,11 +96,13 @@ function tokensOf(hit) {
 function matchesOf(hit) {
   if (!hit.text_matches) return [];
   if (!hit.text_matches.length) return [el("p", { class: "soft" }, "Shares no passage with the query.")];
-  return [el("p", {}, "Shares ", hit.text_matches.map((match, number) => [
-    number > 0 && ", ", el("mark", {}, el("bdi", {}, match.text)), ` (in ${whole(match.documents)} document${match.documents === 1 ? "" : "s"})`]).flat())];
+  const longer = hit.text_matches.filter((match) => match.tokens > 1), shown = longer.length ? longer : hit.text_matches;
+  const passages = shown.map((match, number) => [
+    number > 0 && ", ", el("mark", {}, el("bdi", {}, match.text)), ` (in ${whole(match.documents)} document${match.documents === 1 ? "" : "s"})`]).flat();
+  return [longer.length ? el("p", {}, "Shares ", passages) : el("p", { class: "soft" }, "Shares single tokens alone: ", passages)];
 }
 
-// One document. `open` and `ask` are called with its id.
+// One document. `open` is called with it, `ask` with its id.
 function hitOf(hit, { open, ask }) {
   const label = `document ${hit.id}`;
   return el("li", { class: "hit", "data-id": hit.id },
@@ -106,7 +114,7 @@ function hitOf(hit, { open, ask }) {
       hit.text_score !== undefined && el("span", { class: "soft" }, `text ${number(hit.text_score)}`)),
     excerptOf(hit), hit.layers ? strip(hit.layers) : [], matchesOf(hit), tokensOf(hit),
     el("div", { class: "row" },
-      el("button", { type: "button", "aria-label": `Open ${label}`, onclick: () => open(hit.id) }, "Open"),
+      el("button", { type: "button", "aria-label": `Open ${label}`, onclick: () => open(hit) }, "Open"),
       el("button", { type: "button", "aria-label": `Ask with ${label}`, onclick: () => ask(hit.id) }, "Ask with this document")));
 }
 

@@ -52,11 +52,11 @@ const compare = el("button", { type: "button" }, "Compare with a second question
 function drawAsk(questions) {
   const place = document.getElementById("view-ask");
   const callbacks = {
-    open: (output, id) => openDocument(outputs.indexOf(output), id),
+    open: (output, id, hit) => openDocument(outputs.indexOf(output), id, hit),
     ask: async (panel, id) => {
       try { askWith(panel, await questionOf(outputs.indexOf(panel.output), id)); } catch (error) { fail(error); }
     },
-    changed: keepLink, answered: showOverlap,
+    changed: keepLink, answered: () => { showOverlap(); learnMore(); },
   };
   panels = questions.map((question) => new Panel(outputs, question, callbacks));
   compare.onclick = () => drawAgain(panels.length === 1);
@@ -94,8 +94,14 @@ function showOverlap() {
   overlap.textContent = `${n} of ${Math.max(one.size, other.size)} highest documents are in both answers.`;
 }
 
-function openDocument(index, id) {
-  showDocument(index, id, (text) => {
+// What is known of an output once its model is loaded.
+async function learnMore() {
+  if (outputs.every((output) => output.takes_chat !== null)) return;
+  try { (await get("/api/outputs")).outputs.forEach((found, i) => Object.assign(outputs[i], found)); } catch { /* as before */ }
+}
+
+function openDocument(index, id, hit) {
+  showDocument(index, id, hit, (text) => {
     show("ask");
     const panel = panels.find((x) => outputs.indexOf(x.output) === index) ?? panels[0];
     panel.fields.output.value = String(index);
