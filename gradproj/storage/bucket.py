@@ -18,7 +18,7 @@ _ENDPOINTS = {
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
-"""Where the addresses of other servers than a cloud's own come from, the first that is set."""
+"""Variables that name another server than a cloud's own; the first that is set counts."""
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
 # Credentials of botocore are asked for again after this long: a login in between is noticed.
 _FRESH = timedelta(minutes=5)

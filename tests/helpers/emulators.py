@@ -92,7 +92,7 @@ def emulator() -> Iterator[Emulator | None]:
 
 
 class _Front(BaseHTTPRequestHandler):
-    """What fake-gcs-server lacks of Google's XML interface: writing, and conditions of reads.
+    """Adds to fake-gcs-server what it lacks of Google's XML interface: writes, conditions of reads.
 
     Writes become uploads of its JSON interface, which knows generations. One request at a time, so
     that a condition is of what is read.
@@ -138,12 +138,10 @@ class _Front(BaseHTTPRequestHandler):
         generation = self.headers.get("x-goog-if-generation-match")
         if generation is not None:
             path += f"&ifGenerationMatch={generation}"
-        about = json.dumps({"name": key}).encode()
-        kind = "Content-Type: application/"
-        form = b"\r\n".join(
-            [b"--part", f"{kind}json\r\n".encode(), about, b"--part", f"{kind}octet-stream\r\n".encode(),
-             body, b"--part--", b""]
-        )  # fmt: skip
+        about, kind = json.dumps({"name": key}).encode(), b"Content-Type: application/"
+        lines = [b"--part", kind + b"json\r\n", about]
+        lines += [b"--part", kind + b"octet-stream\r\n", body, b"--part--", b""]
+        form = b"\r\n".join(lines)
         headers = {"Content-Type": "multipart/related; boundary=part"}
         status, _, answer = ask(self.server.upstream, "POST", path, form, headers)
         if status != 200:

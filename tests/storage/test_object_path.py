@@ -5,12 +5,13 @@ import pickle
 from pathlib import Path
 
 import pytest
+from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.storage.address import Address
 from gradproj.storage.contents import read_start
-from gradproj.storage.object_path import ObjectPath, path_of
+from gradproj.storage.object_path import ObjectPath, object_at, path_of
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])
@@ -186,3 +187,31 @@ def test_remove_tree(memory):
         (memory / name).put([b"x"])
     (memory / "sub").remove_tree()
     assert [path.name for path in memory.iterdir()] == ["a"]
+
+
+def test_an_object_in_parts_is_sent_again_when_the_reply_is_lost(memory):
+    class Losing:
+        n_lost = 0
+
+        def __getattr__(self, name):
+            return getattr(memory.store, name)
+
+        def put(self, *args, **options):
+            memory.store.put(*args, **options)
+            if not self.n_lost:
+                self.n_lost += 1
+                raise GenericError("<Code>NoSuchUpload</Code> status code: 404")
+
+    chunks, reads = [b"1" * 5_000_000, b"2" * 5_000_000, b"3" * 5_000_000], []
+    path = ObjectPath(Losing(), memory)
+    path.put_in_parts(lambda: reads.append(1) or iter(chunks))
+    assert path.read_bytes() == b"".join(chunks)
+    assert len(reads) == 2
+
+
+def test_an_object_in_parts_comes_back_whole(bucket):
+    chunks = [bytes([number]) * 5_000_000 for number in range(4)]
+    path = object_at(bucket / "large")
+    path.put_in_parts(lambda: iter(chunks))
+    assert path.read_bytes() == b"".join(chunks)
+    assert path.read_range(4_999_999, 5_000_001) == b"\0\1"

@@ -235,7 +235,7 @@ def test_a_failed_request_is_made_again_by_the_next_reader():
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("s3://there-is-none/out", "no such bucket"),
+        ("SCHEME://there-is-none/out", "no such bucket"),
         ("BUCKET/out", "there is no store at"),
         ("https://example.org/out", "outputs lie on disk or in a bucket"),
         ("s3://user:secret@bucket/out", "credentials do not belong in an address"),
@@ -243,7 +243,7 @@ def test_a_failed_request_is_made_again_by_the_next_reader():
 )
 def test_a_store_that_is_not_there_is_one_line(bucket, capsys, place, message):
     for command in (["status"], ["query", "--text", "x"], ["verify"]):
-        place = place.replace("BUCKET", str(bucket))
+        place = place.replace("BUCKET", str(bucket)).replace("SCHEME", bucket.scheme)
         assert main([command[0], place, *command[1:]]) == 2
         printed = capsys.readouterr()
         assert message in printed.err

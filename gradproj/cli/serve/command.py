@@ -34,6 +34,7 @@ class ServeConfig(RecordedRunArgs, title="serve"):
         name="OUTPUT2",
         positional=True,
         path="DIR",
+        remote=True,
     )
     host: str = flag(
         "Address or name to listen at. With another than this machine's own every request needs a "
