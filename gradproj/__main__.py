@@ -12,6 +12,7 @@ COMMANDS = {
     "diagnose": "compare rows alone, batched and padded, in float32 and bfloat16",
     "run": "run the job as one rank; for several: torchrun -m gradproj.run",
     "status": "show the progress of a job from its output directory",
+    "slurm": "say whether a Slurm job starts, or is queued again (slurm/common.sh asks)",
     "verify": "check every checksum of an output; repair or recompute on request",
     "merge": "merge committed units into columns and statistics",
     "copy": "copy an output between disks and buckets, or continue a copy",

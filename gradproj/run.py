@@ -4,13 +4,21 @@ Each rank claims a unit, reads it, projects it and commits it. Nothing in this l
 but among the ranks that hold one model together (``--ranks_per_model``).
 """
 
-from gradproj.distributed import Process, Rendezvous, choose_device, launcher_died, launcher_rank
+from gradproj.distributed import (
+    Process,
+    Rendezvous,
+    choose_device,
+    launcher_died,
+    launcher_rank,
+    quieten_torch,
+)
 from gradproj.job.shutdown import StopRequest, leave  # isort: split
 
 from gradproj.store.layout import HEARTBEATS_DIR
 
 if __name__ == "__main__":
     # The imports below take seconds, in which a signal may come or the launcher may die.
+    quieten_torch()
     early = StopRequest().attend(launcher_rank(), launcher_died)
 
 import functools
@@ -23,6 +31,7 @@ import torch
 from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish
+from gradproj.coordinator.slurm_marks import note_progress
 from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import report_errors_from_rank_0
@@ -137,10 +146,11 @@ def compute(
 
 
 def commit(queue: UnitQueue, projected: ProjectedUnit) -> None:
-    """Write a unit to disk and log it. The Slurm scripts count these lines."""
+    """Write a unit to the output and log it."""
     rows = projected.on_host()
     if queue.commit(rows):
         log.info("unit %d committed: %s", rows.record.unit, rows.record.stats)
+        note_progress(queue.output, queue.owner)
 
 
 if __name__ == "__main__":

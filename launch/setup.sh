@@ -116,6 +116,14 @@ use_foreign() {
     echo "set-up: using $VENV as it is (not made by this script)"
 }
 
+# An environment that another checkout made outside of this one is never changed either.
+refuse_another_checkout() {
+    local first=${1%%$'\n'*}
+    local maker=${first#* in }
+    [[ $VENV == "$ROOT"/* || $maker == "$ROOT" || ! -e $maker/launch/setup.sh ]] ||
+        fail "$VENV was made by the checkout $maker: name another folder in GRADPROJ_VENV"
+}
+
 # set_up [EXTRA]: makes or finds VENV; python is $VENV/bin/python after it.
 set_up() {
     local extra=${1:-} wanted known
@@ -131,6 +139,7 @@ set_up() {
         flock -n 9 || { echo "set-up: waiting for another set-up of $VENV" && flock 9; }
     fi
     known=$(<"$VENV/$OURS")
+    refuse_another_checkout "$known"
     if ! is_usable "$known"; then
         find_python
         find "$VENV" -mindepth 1 -maxdepth 1 ! -name "$OURS" -exec rm -rf {} +

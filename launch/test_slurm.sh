@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs Slurm and munge (Debian's or Ubuntu's packages, as root or by sudo) and runs the Slurm
 # files by a real Slurm: a private cluster of child processes on this machine's loopback, without
-# GPUs. It took 17 minutes on two cores with six times their work. Arguments go to pytest. The test
-# itself starts no service and writes only below its own folder; where the system starts what a
+# GPUs. It took 17 minutes on two cores with three times their work. Arguments go to pytest. The
+# test itself starts no service and writes only below its own folder; where the system starts what a
 # package brings, munge runs as a service after the installation.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -15,7 +15,7 @@ say() {
     echo "gradproj: $(date '+%F %T') job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
 }
 
-# --output_dir among the flags given to sbatch overrides OUTPUT_DIR, which everything below uses.
+# --output_dir among the flags given to sbatch overrides OUTPUT_DIR, a folder or an address.
 set_flags() {
     local i
     JOB_FLAGS=(--shards "$SHARDS" --model "$MODEL" --output_dir "$OUTPUT_DIR" "$@")
@@ -25,12 +25,6 @@ set_flags() {
             --output_dir=*) OUTPUT_DIR=${JOB_FLAGS[i]#*=} ;;
         esac
     done
-}
-
-# Units that this job has committed in all its starts, from the logs of its ranks. Units of other
-# jobs on the same store are no progress of this one.
-count_units() {
-    cat "$OUTPUT_DIR"/logs/rank-*-slurm-"$JOB".log 2>/dev/null | grep -c ' unit [0-9]* committed: '
 }
 
 drained="" cancelled="" step=""
@@ -54,6 +48,8 @@ run_step() {
     local code
     "$@" &
     step=$!
+    # A signal before the line above had nobody to go to. Sent twice at once it counts as one.
+    [[ -z $drained ]] || kill -USR1 "$step" 2>/dev/null
     while :; do
         wait "$step"
         code=$?
@@ -75,22 +71,18 @@ run_ranks() {
         -m gradproj.run "${JOB_FLAGS[@]}"
 }
 
-is_complete() {
-    "$PYTHON" -m gradproj status "$OUTPUT_DIR"
+# The rule itself is in gradproj/maintenance/requeue.py; it reads the store and this job's marks
+# there, in a folder or in a bucket. Sets VERDICT, one line.
+ask() {
+    VERDICT=$("$PYTHON" -m gradproj slurm "$OUTPUT_DIR" "$@")
 }
 
 run_job() {
-    local status=0 units_before
+    local status=0
     trap on_usr1 USR1
     trap on_term TERM
     set_flags "$@"
-    say "nodes $SLURM_JOB_NODELIST, output $OUTPUT_DIR"
-    # The rule by which a job is queued again reads logs and marks in the output's folder.
-    if [[ $OUTPUT_DIR =~ ^[a-z0-9]+:/ ]]; then
-        say "an output in a bucket is for gradproj.run outside of Slurm; give --output_dir a" \
-            "shared folder, and copy it afterwards (gradproj copy); it is not queued again"
-        exit 2
-    fi
+    say "nodes $SLURM_JOB_NODELIST"
     command -v "$PYTHON" >/dev/null || {
         say "there is no Python at $PYTHON: bash launch/setup.sh makes it, or set PYTHON;" \
             "it is not queued again"
@@ -103,23 +95,21 @@ run_job() {
         say "the job cannot run as it is (code $status); it is not queued again"
         exit "$status"
     fi
-    mkdir -p "$OUTPUT_DIR/logs" || exit 2
-    idle_mark=$OUTPUT_DIR/logs/slurm-$JOB.idle
-    # The ranks write it when a user's error ends them; another job's error does not end this one.
-    failed_mark=$OUTPUT_DIR/logs/slurm-$JOB.failed
-    rm -f "$failed_mark"
-    units_before=$(count_units)
-    if [[ -z $drained$cancelled ]] && is_complete >/dev/null 2>&1; then
-        say "complete already"
-        rm -f "$idle_mark"
-        exit 0
-    fi
+    # Not before the check: a wrong address may hold a secret.
+    ((status != 0)) || say "output $OUTPUT_DIR"
+    end_if_cancelled
+    ask
+    end_unless_told_to_go_on "$?"
     if [[ -z $drained$cancelled ]]; then
         run_ranks
         status=$?
     fi
     end_if_cancelled
-    end_job "$status" $(($(count_units) - units_before))
+    ask --ended "$status" ${drained:+--drained}
+    end_unless_told_to_go_on "$?"
+    end_if_cancelled
+    say "$VERDICT"
+    queue_again
 }
 
 end_if_cancelled() {
@@ -129,56 +119,15 @@ end_if_cancelled() {
     fi
 }
 
-# end_job CODE UNITS: exit code of the ranks, and the number of units they committed in this start.
-end_job() {
-    local code=$1 units=$2
-    if is_complete; then
-        say "complete; $units units by this job in this start"
-        rm -f "$idle_mark"
-        exit 0
-    fi
-    if [[ -e $failed_mark ]]; then
-        say "ended by an error that you can fix, see above or $OUTPUT_DIR/failed.json;" \
-            "it is not queued again"
-        exit 1
-    fi
-    # A preemption may signal the ranks only and not this script: TERM is 15, USR1 is 10.
-    if ((code == 128 + 15 || code == 128 + 10)); then
-        drained=yes
-    fi
-    if [[ -z $drained ]] && ((code == 0)); then
-        say "nothing is left to start; other jobs are at work on the rest;" \
-            "$units units in this start"
-        rm -f "$idle_mark"
-        exit 0
-    fi
-    if [[ -z $drained ]] && ((units == 0)); then
-        say "ended with code $code and without a new unit; it is not queued again," \
-            "see $OUTPUT_DIR/logs"
-        exit 1
-    fi
-    stop_if_idle "$units"
-    queue_again "$units"
-}
-
-# Otherwise starts without a new unit would follow each other for ever.
-stop_if_idle() {
-    if (($1 > 0)); then
-        rm -f "$idle_mark"
-    elif [[ -e $idle_mark ]]; then
-        rm -f "$idle_mark"
-        say "two starts in a row ended without a new unit, so it is not queued again:" \
-            "give it more time (--time)," \
-            "or smaller units (--rows_per_shard, in a new output)"
-        exit 1
-    else
-        touch "$idle_mark"
-    fi
+# end_unless_told_to_go_on CODE: what "ask" returned.
+end_unless_told_to_go_on() {
+    local code=$1
+    ((code != 3)) || return 0
+    say "${VERDICT:-the output cannot be read (code $code), see above; it is not queued again}"
+    exit "$code"
 }
 
 queue_again() {
-    end_if_cancelled
-    say "not complete; $1 units in this start: queued again"
     # Not by exit code: Slurm takes a clean exit within a preemption's grace time for COMPLETED.
     trap - TERM  # the requeue sends it
     scontrol requeue "$JOB" || {

@@ -25,7 +25,7 @@ from gradproj.distributed import (
     rendezvous,
 )
 from gradproj.distributed.model_group import ModelGroup
-from gradproj.errors import ConfigError, RanksError, ReportedError
+from gradproj.errors import ConfigError, Ended, RanksError, ReportedError
 
 
 @pytest.fixture(autouse=True)
@@ -295,9 +295,39 @@ def test_addresses_that_no_launcher_would_set_are_errors(store, monkeypatch):
         Rendezvous(Process(0, 2, 0, 2, launched=True))
 
 
-def test_lost_rendezvous_store_ends_a_rank_silently():
-    def look():
-        raise torch_dist.DistNetworkError("connection reset by peer")
+def lose_store(action, monkeypatch, rank, holder="agent"):
+    """Return what a rank raises whose store dies before ``action``."""
+    server = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks = on_all_ranks(2, Rendezvous)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(holder == "agent"))
+    del server
+    with pytest.raises((Ended, ReportedError)) as caught:
+        action(ranks[rank])
+    return caught.value
 
-    with pytest.raises(ReportedError):
-        Rendezvous(Process(0, 1, 0, 1))._until(look, lambda: "rank 1", 1)
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda ranks: ranks.__exit__(None),
+        lambda ranks: ranks.wait_for_all("a place"),
+        # Rank 0's own write has no reply, so it may seem to have gone well.
+        lambda ranks: (ranks.from_rank_0(1), ranks.wait_for_all("a place")),
+    ],
+    ids=["leave", "wait", "exchange"],
+)
+def test_launcher_that_dies_ends_the_ranks_with_one_line_a_machine(monkeypatch, action, rank):
+    error = lose_store(action, monkeypatch, rank)
+    assert isinstance(error, Ended)
+    assert error.exit_code == 1
+    line = "the launcher, torchrun, no longer answers at 127.0.0.1:"
+    assert str(error).startswith(line) if rank == 0 else str(error) == ""
+
+
+def test_rank_0_that_ends_with_the_store_ends_the_others_silently(monkeypatch):
+    error = lose_store(lambda ranks: ranks.wait_for_all("x"), monkeypatch, 1, "rank 0")
+    assert isinstance(error, ReportedError)

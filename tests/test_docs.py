@@ -36,6 +36,7 @@ WITH_PYTHON = [path for path in READMES if re.search(r"^```python$", path.read_t
 OTHER_PROGRAMS = {
     "--array", "--nodes", "--nproc_per_node", "--nnodes", "--standalone", "--no-deps", "--signal",
     "--shutdown-timeout", "--max-restarts", "--bind", "--oldest", "--ntasks", "--requeue",
+    "--export",
 }  # fmt: skip
 """Flags of sbatch, torchrun, pip and the launch scripts, which READMEs name too."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradproj.errors import StoreError
 from gradproj.files import crc32c, explain_os_errors
-from gradproj.storage.contents import local_file
+from gradproj.storage.contents import local_file, read_start
 from gradproj.storage.publish import replace
 
 FORMAT_VERSION = 2
@@ -65,9 +65,9 @@ def read_settings(path: Path, way_out: str) -> tuple[dict[str, Any], str]:
         StoreError: a damaged file.
     """
     try:
-        with path.open("rb") as file:
-            (n_bytes,) = struct.unpack("<Q", file.read(8))
-            metadata = json.loads(file.read(min(n_bytes, _MAX_HEADER_BYTES)))["__metadata__"]
+        (n_bytes,) = struct.unpack("<Q", read_start(path, 8))
+        header = read_start(path, 8 + min(n_bytes, _MAX_HEADER_BYTES))[8:]
+        metadata = json.loads(header)["__metadata__"]
         return json.loads(metadata["settings"]), metadata["crc32c"]
     except (struct.error, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}): delete it and {way_out}") from error

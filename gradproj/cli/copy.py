@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from gradproj.flags import Flags, flag, parse
+from gradproj.flags import Flags, as_in, flag, parse
 from gradproj.formatting import count, human_bytes, human_seconds
-from gradproj.job.recorded_args import output_flag
+from gradproj.job.recorded_args import ReadingArgs, output_flag
 from gradproj.maintenance.copy_output import copy_output
+from gradproj.storage.object_path import path_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class CopyConfig(Flags, title="copy"):
         path="DIR",
         remote=True,
     )
+    anonymous: bool = as_in(
+        ReadingArgs, "anonymous", help="Read OUTPUT in a public bucket without credentials."
+    )
     read_back: bool = flag(
         "Read every copy again and compare its checksum. Costs what reading DEST costs.", True
     )
@@ -30,7 +34,9 @@ def copy_command(argv: list[str]) -> None:
     """``python -m gradproj copy OUTPUT DEST``"""
     about = "Copy an output, finished or not, between disks and buckets. Run it again to continue."
     (config,) = parse(argv, "gradproj copy", CopyConfig, description=about)
-    result = copy_output(config.output, config.to, config.read_back)
+    # Not READING: it would hold for DEST as well.
+    source = path_of(config.output, anonymous=config.anonymous)
+    result = copy_output(source, config.to, config.read_back)
     files = f"{count(result.n_units, 'unit')} and {count(result.n_files, 'other file')}"
     print(
         f"copied        {files}: {human_bytes(result.n_bytes)} in {human_seconds(result.seconds)}, "

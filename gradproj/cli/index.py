@@ -12,8 +12,7 @@ from gradproj.corpus.tar.places import check_unchanged
 from gradproj.corpus.tar.scan_journal import JOURNAL_SUFFIX, ScanJournal
 from gradproj.errors import ConfigError, CorpusError
 from gradproj.flags import Flags, as_in, flag, parse
-from gradproj.storage.address import Location, parse_location
-from gradproj.storage.listing import is_writable
+from gradproj.storage.address import Address, Location, parse_location
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def _index_path(config: IndexConfig, tars: list[Location]) -> Location:
     if config.index_file:
         return parse_location(config.index_file)
     path = default_index_path(tars)
-    if path is None or not is_writable(path):
+    if path is None or (isinstance(path, Address) and not path.is_writable):
         why = "lie in several folders" if path is None else f"lie where none is written ({path})"
         raise ConfigError(f"--index_file must be given: the tars {why}; name a file for the index")
     return path

@@ -95,8 +95,8 @@ class SelectConfig(ScoreArgs, SetArgs, RecordedRunArgs, title="select"):
         path="FILE",
     )
     to: str = flag(
-        "Where the selection is written, best first: NAME.jsonl (rank, score and the documents' "
-        "fields), NAME.npy (ids) or a new folder (tars of the documents' members, unchanged).",
+        "Local file or folder for the selection, best first: NAME.jsonl (rank, score and the "
+        "documents' fields), NAME.npy (ids) or a new folder (tars of their members, unchanged).",
         required="name a .jsonl or .npy file, or a folder for tars",
         path="FILE|DIR",
     )

@@ -9,6 +9,7 @@ from gradproj.coordinator.heartbeats import CONFIRM_AFTER_S, STALE_AFTER_S
 from gradproj.coordinator.process_id import Owner
 from gradproj.flags import parse
 from gradproj.formatting import bounded, count, human_seconds, ranges_text
+from gradproj.job.recorded_args import ReadingArgs
 from gradproj.maintenance.liveness import SILENT, UNKNOWN, ClaimedUnit, Speed
 from gradproj.maintenance.status import Status, StatusConfig, read_status
 from gradproj.store.layout import FAILED_NAME
@@ -25,6 +26,7 @@ def status_command(argv: list[str]) -> int:
         "(failed.json); 2: no store there."
     )
     (config,) = parse(argv, "gradproj status", StatusConfig, description=about)
+    ReadingArgs(anonymous=config.anonymous).apply()
     status = read_status(config.output, rows=config.rows, watch_s=config.watch_s)
     print(
         json.dumps(asdict(status), indent=2) if config.as_json else "\n".join(status_lines(status))

@@ -24,6 +24,7 @@ class TextConfig(Flags, title="text"):
     tokenizer: str = as_in(RecordedRunArgs, "tokenizer")
     shards: str = as_in(RecordedRunArgs, "shards")
     trust_remote_code: bool = as_in(RecordedRunArgs, "trust_remote_code")
+    anonymous: bool = as_in(RecordedRunArgs, "anonymous")
     max_sketch_bytes: int = flag(
         "Most memory for the document frequencies of n-grams. A smaller corpus takes 32 to 64 "
         "bytes a token.",
@@ -33,7 +34,7 @@ class TextConfig(Flags, title="text"):
 
     def inputs(self) -> RecordedRunArgs:
         """Return where the tokenizer and the tars are."""
-        names = ("output", "model", "tokenizer", "shards", "trust_remote_code")
+        names = ("output", "model", "tokenizer", "shards", "trust_remote_code", "anonymous")
         return RecordedRunArgs(**{name: getattr(self, name) for name in names})
 
 
@@ -47,11 +48,10 @@ def text_command(argv: list[str]) -> None:
     process = Process.from_environment()
     with report_errors_from_rank_0(process.rank):
         (config,) = parse(argv, "gradproj text", TextConfig, description=about)
-        share = process.rank, process.world_size
+        share, inputs = (process.rank, process.world_size), config.inputs()
+        inputs.apply()
         with ProjectionStore(config.output) as store:
-            index = make_text_index(
-                store, config.inputs(), config.max_sketch_bytes, share, print_note
-            )
+            index = make_text_index(store, inputs, config.max_sketch_bytes, share, print_note)
     if index is not None:
         if index.facts.sketch["bytes"] > max(config.max_sketch_bytes, 4 * MIN_COUNTERS) + 2**10:
             print_note(

@@ -89,19 +89,23 @@ class Commits(ABC):
 
     @abstractmethod
     def forget(self, unit: int) -> None:
-        """Delete what was prepared for a unit that is committed, or given up under its claim."""
+        """Delete what was prepared for a unit that is committed."""
 
     @abstractmethod
-    def give_up(self, unit: int, layout: StoreLayout) -> None:
-        """Delete what makes a damaged unit's record one, before the record itself is deleted."""
+    def give_up(self, units: list[int], layout: StoreLayout) -> None:
+        """Take the units' records away, under their claims: they are to be computed again.
+
+        Raises:
+            Outdated: another process gives one of them up, or commits it.
+        """
 
     @abstractmethod
     def clean_up(self, unit: int, layout: StoreLayout) -> None:
         """Delete the shards of a unit that was given up, long after its record."""
 
     @abstractmethod
-    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
-        """Return those of ``units`` that have shards which nobody can commit or replace."""
+    def orphans(self, layout: StoreLayout, identity: str) -> list[int]:
+        """Return the units that nobody can commit before a ``give_up``, because of their shards."""
 
     @abstractmethod
     def remove_leftovers(self, committed: set[int]) -> set[str]:

@@ -1,7 +1,6 @@
 """``failed.json``: the last error that ended a job on the store.
 
-A Slurm job also has a mark of its own, ``logs/slurm-70_1.failed``, which no other job overwrites
-and a full disk has room for. Its batch script reads that one.
+A Slurm job has a mark of its own besides (``slurm_marks.py``), which its batch script reads.
 """
 
 import json
@@ -11,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gradproj.coordinator.process_id import Owner
+from gradproj.coordinator.slurm_marks import FAILED, SlurmMarks
 from gradproj.errors import GradprojError, OtherSettingsError, StoreError
 from gradproj.storage.publish import replace
-from gradproj.store.layout import FAILED_NAME, LOGS_DIR
+from gradproj.store.layout import FAILED_NAME
 from gradproj.store.metadata import store_exists
 
 
@@ -35,8 +35,7 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
     }
     # The error may be a full disk. It is printed on standard error as well.
     with suppress(OSError, StoreError):
-        for mark in _marks(output, owner.job_id):
-            replace(mark, [])
+        SlurmMarks(output, owner.job_id).set(FAILED)
         if isinstance(error, OtherSettingsError):
             return
         replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
@@ -47,8 +46,7 @@ def clear_failure(output: Path, job_id: str = "") -> None:
 
     The failure of another element of the same Slurm array stays: nobody has fixed its cause yet.
     """
-    for mark in _marks(output, job_id):
-        mark.unlink(missing_ok=True)
+    SlurmMarks(output, job_id).clear(FAILED)
     array, failed = job_id.rpartition("_")[0], _failed_job(output)
     is_other_element = failed != job_id and failed.rpartition("_")[0] == array
     if not (job_id.startswith("slurm-") and array and is_other_element):
@@ -58,10 +56,6 @@ def clear_failure(output: Path, job_id: str = "") -> None:
 def delete_failure(output: Path) -> None:
     """Delete ``failed.json``, whichever job wrote it."""
     (output / FAILED_NAME).unlink(missing_ok=True)
-
-
-def _marks(output: Path, job_id: str) -> list[Path]:
-    return [output / LOGS_DIR / f"{job_id}.failed"] if job_id.startswith("slurm-") else []
 
 
 def _failed_job(output: Path) -> str:

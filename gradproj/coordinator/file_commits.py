@@ -36,7 +36,7 @@ from gradproj.files import (
 )
 from gradproj.storage.publish import FilePublisher
 from gradproj.store.hidden_states import hidden_layout, sharded_layouts
-from gradproj.store.layout import SCRATCH_DIR, StoreLayout
+from gradproj.store.layout import SCRATCH_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import UnitRecord, encode_record, record_name
 from gradproj.store.writer import shard_chunks
 
@@ -175,8 +175,12 @@ class FileCommits(Commits):
     def forget(self, unit: int) -> None:
         pass
 
-    def give_up(self, unit: int, layout: StoreLayout) -> None:
-        pass
+    def give_up(self, units: list[int], layout: StoreLayout) -> None:
+        with explain_os_errors(self.output / UNITS_DIR):
+            for unit in units:
+                (self.output / record_name(unit)).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                fsync_dir(self.output / UNITS_DIR)
 
     def clean_up(self, unit: int, layout: StoreLayout) -> None:
         for each in sharded_layouts(layout):
@@ -186,7 +190,7 @@ class FileCommits(Commits):
                 with suppress(FileNotFoundError):
                     fsync_dir(path.parent)
 
-    def orphans(self, units: list[int], layout: StoreLayout) -> list[int]:
+    def orphans(self, layout: StoreLayout, identity: str) -> list[int]:
         return []  # a shard without a record is replaced
 
     def remove_leftovers(self, committed: set[int]) -> set[str]:

@@ -26,49 +26,51 @@ STALE_AFTER_S = 600.0
 CONFIRM_AFTER_S = 60.0
 """A suspected process is given this much longer. If the observer itself, or the file system, hung
 for ten minutes, every other process looks dead and needs a moment to write a heartbeat."""
-ALIVE_FOR_S = 60.0
-"""A process whose heartbeat was seen to move within this time is at work."""
-NAMED_AFTER_S = 30.0
-"""A process that finishes no batch for this long is named while others wait for its units. Most
-ranks that are waited for finish their last unit sooner."""
-WAIT_S = (0.1, 5.0)
-"""First and longest pause between two checks of other processes' claims, once no unit is free."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Times between writes and looks at an output. In a bucket each one has its price."""
+    """Times between writes and looks at an output, in seconds. In a bucket each has its price."""
 
-    slower: float = 1.0
-    """Time between two heartbeats over that on disk."""
-
-    @property
-    def beat_every_s(self) -> float:
-        """Time between two heartbeats of a process."""
-        return INTERVAL_S * self.slower
-
-    @property
-    def moving_for_s(self) -> float:
-        """Time for which a heartbeat that has moved shows a process at work."""
-        return ALIVE_FOR_S if self.slower == 1.0 else 3 * self.beat_every_s
-
-    @property
-    def silent_after_s(self) -> float:
-        """Time without a sign of life after which a process is named."""
-        return NAMED_AFTER_S if self.slower == 1.0 else 2.5 * self.beat_every_s
-
-    @property
-    def ask_every_s(self) -> float:
-        """Time between two looks whether a claim is still this process's, during a merge."""
-        return 0.0 if self.slower == 1.0 else INTERVAL_S
-
-    @property
-    def wait_s(self) -> tuple[float, float]:
-        """First and longest pause while units of others are waited for."""
-        return WAIT_S if self.slower == 1.0 else (WAIT_S[0] * self.slower, self.beat_every_s / 2)
+    beat_every_s: float
+    """Between two heartbeats of a process."""
+    moving_for_s: float
+    """For which a heartbeat that has moved shows a process at work."""
+    silent_after_s: float
+    """Without a sign of life after which a process is named, while others wait for it."""
+    wait_s: tuple[float, float]
+    """First and longest pause between two checks of other processes' claims, with no unit free."""
+    merge_wait_s: float
+    """Between two checks whether another process's merge is done."""
+    ask_every_s: float
+    """Between two looks whether a claim is still this process's, during a merge."""
+    line_every_s: float
+    """Between two lines of progress."""
+    refresh_every_s: float
+    """Between two updates of the progress on a terminal."""
 
 
-ON_DISK = Pace()
+ON_DISK = Pace(
+    beat_every_s=INTERVAL_S,
+    moving_for_s=60.0,
+    # Most ranks that are waited for finish their last unit sooner.
+    silent_after_s=30.0,
+    wait_s=(0.1, 5.0),
+    merge_wait_s=0.5,
+    ask_every_s=0.0,
+    line_every_s=10.0,
+    refresh_every_s=1.0,
+)
+IN_BUCKET = Pace(
+    beat_every_s=60.0,
+    moving_for_s=180.0,
+    silent_after_s=150.0,
+    wait_s=(1.2, 30.0),
+    merge_wait_s=6.0,
+    ask_every_s=5.0,
+    line_every_s=60.0,
+    refresh_every_s=60.0,
+)
 
 
 @dataclass

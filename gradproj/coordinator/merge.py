@@ -41,8 +41,6 @@ from gradproj.store.writer import (
 )
 
 MERGE_CLAIM = "merge"
-WAIT_S = 0.5
-"""Time between two checks whether another process's merge is done."""
 COVARIANCE_ARRAYS = {"a": "token_covariance_a", "s": "token_covariance_s"}
 
 
@@ -105,7 +103,7 @@ def finish(
         elif not wait:
             return False
         else:
-            time.sleep(WAIT_S * claims.commits.pace.slower)
+            time.sleep(claims.commits.pace.merge_wait_s)
     return is_complete(output) and is_merged(output)
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.commits import Check, Commits
 from gradproj.files import crc32c
+from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import names_in
 from gradproj.store.layout import PARTIAL_DIR
 
@@ -85,7 +86,9 @@ class PartialLog:
             match = _NAME.fullmatch(name)
             if match is None or int(match[1]) != done:
                 continue
-            part = self._decode((self.folder / name).read_bytes(), match[3])
+            # Gone if another process has committed the unit since: then nothing is computed.
+            data = read_or_none(self.folder / name)
+            part = None if data is None else self._decode(data, match[3])
             if part is not None:
                 done = int(match[2])
                 parts.append((done, part))

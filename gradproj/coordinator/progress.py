@@ -15,7 +15,6 @@ from tqdm import tqdm
 from gradproj.coordinator.claims import Claim, ClaimBoard
 from gradproj.coordinator.heartbeats import (
     CONFIRM_AFTER_S,
-    ON_DISK,
     STALE_AFTER_S,
     LiveRanks,
     RankProgress,
@@ -27,8 +26,6 @@ from gradproj.formatting import count, human_seconds
 from gradproj.store.layout import HEARTBEATS_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import list_records
 
-LINE_EVERY_S = 10.0
-REFRESH_EVERY_S = 1.0
 MAX_UNITS_REFRESHED = 2000
 """Above this many units, listing the records takes too long to refresh every second."""
 MAX_RANKS_LISTED = 16
@@ -87,9 +84,7 @@ class ProgressDisplay:
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()
         refresh_often = on_terminal and len(wanted) <= MAX_UNITS_REFRESHED
-        # Not more often than the ranks write what is shown.
-        every_s = LINE_EVERY_S if pace == ON_DISK else pace.beat_every_s
-        self._every_s = REFRESH_EVERY_S if refresh_often and pace == ON_DISK else every_s
+        self._every_s = pace.refresh_every_s if refresh_often else pace.line_every_s
         self._bar = tqdm(
             total=first.total,
             initial=first.done,

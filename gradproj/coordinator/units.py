@@ -7,7 +7,7 @@ is the commit; everything before it can be lost without harm (``Commits``).
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,15 @@ from gradproj.coordinator.progress import WaitNotice
 from gradproj.coordinator.store_guard import StoreGuard
 from gradproj.errors import StoreError
 from gradproj.storage.folders import delete_tree, read_ahead
+from gradproj.storage.publish import Outdated
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, UNITS_DIR, StoreLayout
-from gradproj.store.unit_record import UnitRecord, list_records, read_record, record_name
+from gradproj.store.unit_record import (
+    UnitRecord,
+    is_recorded,
+    list_records,
+    read_record,
+    record_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +74,7 @@ class UnitQueue:
 
     def is_recorded(self, unit: int) -> bool:
         """Return whether the unit is committed."""
-        return (self.output / record_name(unit)).is_file()
+        return is_recorded(self.output, unit)
 
     def pending(self) -> np.ndarray:
         """Return the wanted units without a record, sorted."""
@@ -171,6 +178,26 @@ class UnitQueue:
         else:
             self.claims.release(unit_claim(unit))
         return committed
+
+    def give_up_orphans(self) -> list[int]:
+        """Make units computable again whose shards nobody can commit or replace.
+
+        Such shards are left by a repair that was killed, or their record was deleted by hand.
+
+        Returns:
+            The units. Not those that another process has claimed: it may be doing the same.
+        """
+        units, given_up = self.commits.orphans(self.layout, self.identity), []
+        claimed = [unit for unit in units if self.claims.try_claim(unit_claim(unit))]
+        # What was seen before the claims may have been another process's work.
+        units = self.commits.orphans(self.layout, self.identity) if claimed else []
+        for unit in sorted(set(units) & set(claimed)):
+            with suppress(Outdated):
+                self.commits.give_up([unit], self.layout)
+                given_up.append(unit)
+        for unit in claimed:
+            self.claims.release(unit_claim(unit))
+        return given_up
 
     @contextmanager
     def deletions_explained(self) -> Iterator[None]:

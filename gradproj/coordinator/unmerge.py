@@ -7,7 +7,7 @@ unit. Then the store is not complete any more, and readers must not see the unit
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import (
     MERGE_CLAIM,
-    WAIT_S,
     MergeInterrupted,
     is_complete,
     is_merged,
@@ -106,7 +105,7 @@ def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
     """
     while _is_outdated(output):
         if not claims.try_claim(MERGE_CLAIM):
-            time.sleep(WAIT_S * claims.commits.pace.slower)
+            time.sleep(claims.commits.pace.merge_wait_s)
             continue
         try:
             with suppress(Outdated, MergeInterrupted):  # another process merges: look again
@@ -119,10 +118,11 @@ def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
 
 
 def _is_outdated(output: Path) -> bool:
+    store = output / STORE_NAME
     return (
         (is_merged(output) and not is_complete(output))
-        or next(_blocks_with_lost_units(output), None) is not None
-        or _read_metadata(output) != without_merger(read_attributes(output / STORE_NAME))
+        or next(_merged_blocks(store, read_layout(store), _lost_units(output)), None) is not None
+        or _read_metadata(output) != without_merger(read_attributes(store))
     )
 
 
@@ -132,25 +132,36 @@ def _unmerge(output: Path, publisher: Publisher) -> None:
     if is_merged(output) and not is_complete(output):
         n_records = len(list_records(output / UNITS_DIR))
         update_attributes(store, {"complete": False, "units_recorded": n_records}, publisher)
-    layout = read_layout(store)
-    for block, status in list(_blocks_with_lost_units(output)):
-        write_column_block(store, layout, block, {"status": status}, publisher)
+    mark_as_missing(store, read_layout(store), _lost_units(output), publisher)
     write_metadata(output, publisher)
     fault_points.reach("merge undone")
 
 
-def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks whose status column has units without a record, and the corrected column."""
-    store = output / STORE_NAME
-    layout = read_layout(store)
-    missing = np.setdiff1d(wanted_units(read_attributes(store)), list_records(output / UNITS_DIR))
-    blocks = missing * layout.rows_per_shard // layout.column_rows
+def mark_as_missing(
+    store: Path, layout: StoreLayout, units: Sequence[int] | np.ndarray, publisher: Publisher
+) -> None:
+    """Mark units' merged rows as missing: readers then take them from the records, if there are."""
+    for block, status in list(_merged_blocks(store, layout, np.asarray(units, np.int64))):
+        write_column_block(store, layout, block, {"status": status}, publisher)
+
+
+def _lost_units(output: Path) -> np.ndarray:
+    wanted = wanted_units(read_attributes(output / STORE_NAME))
+    return np.setdiff1d(wanted, list_records(output / UNITS_DIR))
+
+
+def _merged_blocks(
+    store: Path, layout: StoreLayout, units: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield blocks whose status column has rows of these units, and the column without them."""
+    units = units[units < layout.n_units]  # a stray record may be of any number
+    blocks = units * layout.rows_per_shard // layout.column_rows
     for block in np.unique(blocks).tolist():
         merged = _merged_status(store, layout, block)
         if merged is None:
             continue
         status, start = merged.copy(), block * layout.column_rows
-        for unit in missing[blocks == block].tolist():
+        for unit in units[blocks == block].tolist():
             first, last = layout.unit_range(unit)
             status[first - start : last - start] = STATUS["missing"]
         if (status != merged).any():

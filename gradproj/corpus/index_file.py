@@ -15,7 +15,8 @@ from gradproj.corpus.tokenization import Tokenization
 from gradproj.errors import CorpusError, StoreError
 from gradproj.storage.address import Address, Location, is_remote, parse_location
 from gradproj.storage.cache import FileCache
-from gradproj.storage.listing import read_object, write_object
+from gradproj.storage.folders import read_or_none
+from gradproj.storage.object_path import opened
 from gradproj.storage.publish import publisher_of
 
 FORMAT = "gradproj corpus index"
@@ -27,13 +28,12 @@ _AGAIN = "Make it again with: python -m gradproj index"
 
 def _publish(path: Location, content: Iterable[bytes], replace_existing: bool) -> bool:
     """Write the index file atomically. Returns False if another index exists and stays."""
-    if isinstance(path, Address):
-        return write_object(path, b"".join(content), exclusive=not replace_existing)
-    publisher = publisher_of(path)
+    final = opened(path)
+    publisher = publisher_of(final)
     try:
         if not replace_existing:
-            return publisher.create(path, content, INDEX_MODE)
-        publisher.replace(path, content, INDEX_MODE)
+            return publisher.create(final, content, INDEX_MODE)
+        publisher.replace(final, content, INDEX_MODE)
         return True
     except (OSError, StoreError) as error:
         # A StoreError advises another --output_dir, and the index may lie elsewhere.
@@ -155,13 +155,11 @@ def load_index(path: Location) -> CorpusIndex:
     """
     path = _absolute(path)
     try:
-        raw = read_object(path) if isinstance(path, Address) else path.read_bytes()
+        raw = opened(path).read_bytes()
     except OSError as error:
         raise CorpusError(
             f"{path}: the corpus index cannot be read: {error.strerror}. {_AGAIN}"
         ) from error
-    if raw is None:
-        raise CorpusError(f"{path}: there is no such corpus index. {_AGAIN}")
     return _decode(path, raw)
 
 
@@ -199,7 +197,7 @@ def _decode(path: Location, raw: bytes) -> CorpusIndex:
 def load_index_if_any(path: Location | None) -> CorpusIndex | None:
     """Read an index file; None if there is none."""
     if isinstance(path, Address):
-        raw = read_object(path)
+        raw = read_or_none(opened(path))
         return None if raw is None else _decode(path, raw)
     return load_index(path) if path is not None and path.is_file() else None
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 
-from gradproj.corpus.tar.places import read_beside
 from gradproj.errors import CorpusError
 from gradproj.files import write_file_durably
 from gradproj.storage.address import Location
+from gradproj.storage.folders import read_or_none
+from gradproj.storage.object_path import opened
 
 TOKENIZATION_NAME = "tokens.json"
 _FORMAT = "gradproj tokenization"
@@ -50,7 +51,7 @@ def read_tokenization(tars: Iterable[Location]) -> Tokenization | None:
     found: dict[Location, Tokenization] = {}
     for folder in dict.fromkeys(tar.parent for tar in tars):
         path = folder / TOKENIZATION_NAME
-        content = read_beside(path)
+        content = read_or_none(opened(path))
         if content is not None:
             found[path] = _decode(path, content)
     if not found:

@@ -12,6 +12,7 @@ from gradproj.distributed.process import (
     choose_device,
     launcher_died,
     launcher_rank,
+    quieten_torch,
     report_errors_from_rank_0,
 )
 from gradproj.distributed.rendezvous import Rendezvous, process_group
@@ -27,5 +28,6 @@ __all__ = [
     "launcher_died",
     "launcher_rank",
     "process_group",
+    "quieten_torch",
     "report_errors_from_rank_0",
 ]

@@ -26,6 +26,14 @@ def launcher_rank() -> int | None:
     return int(rank) if rank.isdigit() else None
 
 
+def quieten_torch() -> None:
+    """Let torch's C++ code log errors only, unless the user wants more. Call before torch loads.
+
+    A lost launcher is a page of C++ frames as a warning, and one line of ours (``Rendezvous``).
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def store_address() -> tuple[str, int, bool]:
     """Return host and port of the ranks' store, and whether torchrun's agent holds it, not rank 0.
 

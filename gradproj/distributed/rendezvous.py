@@ -17,7 +17,7 @@ from typing import Any
 
 from gradproj.distributed.process import Process, store_address
 from gradproj.distributed.world import World
-from gradproj.errors import ConfigError, RanksError, ReportedError
+from gradproj.errors import ConfigError, Ended, RanksError, ReportedError
 from gradproj.formatting import human_seconds
 
 COME_S = 1800.0
@@ -47,9 +47,10 @@ class Rendezvous:
         if process.world_size > 1:
             import torch.distributed as torch_dist
 
-            self._whole = self._connect()
-            prefix = self._agree_on_prefix(uuid.uuid4().hex)
-            self.store = torch_dist.PrefixStore(prefix, self._whole)
+            with self._needs_store():
+                self._whole = self._connect()
+                prefix = self._agree_on_prefix(uuid.uuid4().hex)
+                self.store = torch_dist.PrefixStore(prefix, self._whole)
 
     def __enter__(self) -> "Rendezvous":
         return self
@@ -57,9 +58,10 @@ class Rendezvous:
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Leave; rank 0 leaves last, since it may hold the store."""
         if kind is None and self.store is not None:
-            self.store.add("left", 1)
-            if self._process.rank == 0:
-                self._wait_for_count("left", "to leave the start")
+            with self._needs_store():
+                self.store.add("left", 1)
+                if self._process.rank == 0:
+                    self._wait_for_count("left", "to leave the start")
 
     def from_rank_0(self, value: Any = None) -> Any:
         """Return rank 0's value once it is set. It travels as a pickle."""
@@ -67,16 +69,39 @@ class Rendezvous:
             return value
         key, self._n_values = f"value/{self._n_values}", self._n_values + 1
         if self._process.rank == 0:
-            self.store.set(key, pickle.dumps(value))
+            content = pickle.dumps(value)
+            with self._needs_store():
+                self.store.set(key, content)
             return value
-        self._until(lambda: self.store.check([key]), lambda: "rank 0's checks", WORK_S)
-        return pickle.loads(self.store.get(key))
+        with self._needs_store():
+            self._until(lambda: self.store.check([key]), lambda: "rank 0's checks", WORK_S)
+            content = self.store.get(key)
+        return pickle.loads(content)
 
     def wait_for_all(self, place: str) -> None:
         """Return when every rank has reached this place."""
         if self.store is not None:
-            self.store.add(place, 1)
-            self._wait_for_count(place, f"to reach: {place}")
+            with self._needs_store():
+                self.store.add(place, 1)
+                self._wait_for_count(place, f"to reach: {place}")
+
+    @contextlib.contextmanager
+    def _needs_store(self) -> Iterator[None]:
+        """Every request to the store is made in here. One line tells of a launcher that died.
+
+        Raises:
+            Ended: torchrun held the store, and has died: it was killed, or its machine is lost.
+            ReportedError: rank 0 held it, and has ended; it has reported why.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            host, port, of_launcher = store_address()
+            if not of_launcher:
+                raise ReportedError from error
+            where = f"the launcher, torchrun, no longer answers at {host}:{port}"
+            line = f"{where}: start the job again, which continues"
+            raise Ended(line if self._process.local_rank == 0 else "") from error
 
     def _wait_for_count(self, key: str, action: str) -> None:
         size = self._process.world_size
@@ -162,26 +187,21 @@ class Rendezvous:
 
         Raises:
             RanksError: the condition does not hold after ``limit_s``.
-            ReportedError: the process that holds the store has exited.
         """
         rank, pause_s, report_s = self._process.rank, LOOK_S[0], REPORT_AFTER_S
         started = time.monotonic()
-        try:
-            while not condition():
-                waited_s = time.monotonic() - started
-                waits = f"rank {rank} has waited {human_seconds(waited_s)} for"
-                if waited_s > limit_s:
-                    raise RanksError(f"{waits} {waited_for()}; start all ranks again")
-                if waited_s > report_s:
-                    report_s = 2 * waited_s
-                    if rank == 0 or reports:
-                        line = f"{waits} {waited_for()}; it gives up after {human_seconds(limit_s)}"
-                        print(f"gradproj: {line}", file=sys.stderr, flush=True)
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LOOK_S[1])
-        except RuntimeError as error:
-            # The process that held the store has left, and has reported why.
-            raise ReportedError from error
+        while not condition():
+            waited_s = time.monotonic() - started
+            waits = f"rank {rank} has waited {human_seconds(waited_s)} for"
+            if waited_s > limit_s:
+                raise RanksError(f"{waits} {waited_for()}; start all ranks again")
+            if waited_s > report_s:
+                report_s = 2 * waited_s
+                if rank == 0 or reports:
+                    line = f"{waits} {waited_for()}; it gives up after {human_seconds(limit_s)}"
+                    print(f"gradproj: {line}", file=sys.stderr, flush=True)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LOOK_S[1])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from gradproj.errors import ConfigError
-from gradproj.flags.paths import local_path, special_file
+from gradproj.flags.paths import local_path, special_file, without_secret
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ def _as_paths(f: dataclasses.Field, value: Any) -> Any:
     try:
         path = local_path(value, remote="remote" in f.metadata)
     except ConfigError as error:
-        raise ConfigError(f"{label_of(f)} {value} {error}") from error
+        raise ConfigError(f"{label_of(f)} {without_secret(value)} {error}") from error
     kind = "" if "streams" in f.metadata else special_file(path)
     if kind:
         raise ConfigError(f"{label_of(f)} {value} is {kind}; give a file or folder")

@@ -20,7 +20,7 @@ from gradproj.flags.declaration import (
     typed,
     word_of,
 )
-from gradproj.flags.paths import local_path
+from gradproj.flags.paths import local_path, without_secret
 
 
 def parse(
@@ -267,7 +267,7 @@ def _read_toml(path: str, fields: Mapping[str, dataclasses.Field]) -> dict[str, 
     try:
         content = tomllib.loads(Path(local_path(path)).read_text(encoding="utf-8-sig"))
     except ConfigError as error:
-        raise ConfigError(f"--config {path} {error}") from error
+        raise ConfigError(f"--config {without_secret(path)} {error}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     values = {}

@@ -10,6 +10,10 @@ from gradproj.errors import ConfigError
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _SCHEME = re.compile(r"(hf(?=://)|(?!hf:)[A-Za-z][A-Za-z0-9+.-]+):/|(pipe):")
 REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
+_SECRET = r"x-amz-|x-goog-|signature|credential|token|sig|sv|awsaccesskeyid|key|password"
+# In a key of a bucket a question mark may also be a part of a name, or of a pattern.
+_SIGNED = re.compile(rf"(?:.*&)?[\w-]*(?:{_SECRET})[\w-]*=", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[[^\]]*\]|[^:@]*)(?::\d*)?")
 _KINDS = {
     stat.S_IFIFO: "a FIFO (named pipe)",
     stat.S_IFSOCK: "a socket",
@@ -18,14 +22,55 @@ _KINDS = {
 }
 
 
+def without_secret(text: str) -> str:
+    """Return a path or an address for a message, without what may be secret in it."""
+    return _split_secret(text)[0]
+
+
+def check_no_secret(text: str) -> None:
+    """Raise a ``ConfigError``, which does not repeat it, for a user, password or query."""
+    safe, secret = _split_secret(text)
+    if secret == "credentials":
+        raise ConfigError(
+            f"an address {safe}: credentials do not belong in an address; give them where the "
+            "store's own tools find them (environment, profile)"
+        )
+    if secret:
+        raise ConfigError(
+            f"{safe}: an address with {secret} (?...) is not taken: it may be secret and may "
+            "expire. Give the address without it"
+        )
+
+
+def _split_secret(text: str) -> tuple[str, str]:
+    """Return a text without what may be secret in it, and what that is; "" for nothing."""
+    match = _SCHEME.match(text)
+    if match is None or match[2]:
+        return ("pipe:..." if match else text), ""
+    scheme, rest = match[1].lower(), text[match.end() :].removeprefix("/")
+    place, question, query = rest.partition("?")
+    # Before the bucket, or before the owner of a repository. A slash may be a part of a password.
+    names = place.split("/")[: 2 if scheme == "hf" else 1]
+    hosts = _HOST if scheme.startswith("http") else re.compile("[^:@]*")
+    if not all(hosts.fullmatch(name) for name in names):
+        _, at, behind = place.rpartition("@")
+        return f"{scheme}://...{at}{behind}", "credentials"
+    if question and (scheme.startswith("http") or _SIGNED.match(query)):
+        kind = "a signature or token" if _SIGNED.match(query) else "a query"
+        return f"{scheme}://{place}?...", kind
+    return text, ""
+
+
 def local_path(text: str, *, remote: bool = False) -> str:
     """Return the local path that ``text`` is, or that a ``file://`` address names.
 
     With ``remote``, an address of a bucket, a web server or the hub is returned as it is.
 
     Raises:
-        ConfigError: an address of another kind, which would become a folder named ``s3:``.
+        ConfigError: an address of another kind, which would become a folder named ``s3:``, or one
+            with credentials. The caller begins the message with ``without_secret(text)``.
     """
+    check_no_secret(text)
     match = _SCHEME.match(text)
     if match is None:
         return text

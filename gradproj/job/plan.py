@@ -1,7 +1,5 @@
 """Everything that can be checked before a model is loaded: printed by ``plan``, used by the job."""
 
-import math
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_l
 from gradproj.engine.projection import job_matrices, place_widths
 from gradproj.engine.selection import idle_patterns
 from gradproj.errors import CorpusError, ModelError, StoreError
-from gradproj.files import existing_ancestor
-from gradproj.formatting import human_bytes
 from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.chat_template import check_chat_template
 from gradproj.job.config import RunConfig
@@ -38,6 +34,7 @@ from gradproj.job.identity import (
 )
 from gradproj.job.layer_choice import choose_layers
 from gradproj.job.row_form import place_rows
+from gradproj.job.sizes import check_requests, check_space, check_sparse
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.job.wanted_units import wanted_units
 from gradproj.model.chat import chat_template
@@ -80,9 +77,6 @@ OUR_FILES = {
     *FOLDERS, PREPARED_DIR, PROBE_DIR, STORE_NAME, INDEX_NAME, BATCH_FILE, METADATA_NAME,
     RUN_CONFIG_NAME, STATS_NAME, CHAT_TEMPLATE_NAME, FAILED_NAME, *LATER_NAMES,
 }  # fmt: skip
-SPARSE_BYTES = 2**30
-SPARSE_SHARE = 0.1
-"""``--domains`` that waste more than either limit needs ``--allow_sparse``."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +143,17 @@ class Plan:
         """Bytes of a document's hidden state; 0 without."""
         return 2 * self.layout.hidden_width
 
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of all projection matrices."""
+        return 4 * sum(layer.k_i * layer.n_i + layer.k_o * layer.n_o for layer in self.layers)
+
     def store_bytes(self) -> int:
         """Return the bytes of the finished store, uncompressed: rows, columns, records."""
         columns = 4 + 4 + 2 + 1 + 4 + 4 + 4 + self.layout.key_bytes
         squares = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
         has_basis = self.config.projection.basis == "eigen"
-        matrices = 4 * sum(layer.k_i * layer.n_i + layer.k_o * layer.n_o for layer in self.layers)
+        matrices = self.matrix_bytes
         unit = self.layout.rows_per_shard * (self.row_bytes + self.hidden_bytes + columns)
         # Either the basis, once, or token covariances in every unit's record.
         unit, matrices = (unit, matrices + squares) if has_basis else (unit + squares, matrices)
@@ -194,7 +193,9 @@ class Plan:
         tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
         index = 14_000 * len(self.index.tars)
         batch = int(HEAP_FACTOR * batch_bytes)
-        held = LIBRARY_BYTES + model_bytes + self.unit_bytes() + squares
+        unit = self.layout.rows_per_shard * (self.row_bytes + self.hidden_bytes)
+        sent = unit * in_bucket(self.output)  # as one buffer
+        held = LIBRARY_BYTES + model_bytes + self.unit_bytes() + sent + squares
         return held + batch + 2 * tokens + index
 
 
@@ -240,12 +241,14 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     plan = Plan(
         config, files, index, layers, chosen.coverage, layout, *counts, identity, head, template
     )
-    _check_sparse(plan)
+    rows, widest = layout.rows_per_shard, max(plan.row_bytes, plan.hidden_bytes)
+    check_sparse(config.corpus, len(wanted), rows * plan.row_bytes, plan.wasted_bytes())
+    check_requests(plan.output, rows, widest, plan.matrix_bytes)
     if not is_untouched(plan.output):  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
         if not is_older:
             check_chat_template(plan.output, template)
-    _check_space(plan)
+    check_space(plan.output, len(wanted), plan.store_bytes())
     notes = [*chosen.notes, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
     notes += experts_lines(targets, layers, plan.row_bytes)
     if not len(list_records(plan.output / UNITS_DIR)):
@@ -315,35 +318,3 @@ def _max_length(config: RunConfig, model: Any) -> int:
     if wanted and positions and wanted > positions:
         raise ModelError(f"--max_length {wanted} is more than the model's {positions} positions")
     return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-
-
-def _check_sparse(plan: Plan) -> None:
-    domains = plan.config.corpus.chosen_domains
-    unit_bytes = plan.layout.rows_per_shard * plan.row_bytes
-    wasted, total = plan.wasted_bytes(), max(1, len(plan.wanted) * unit_bytes)
-    too_much = wasted > SPARSE_BYTES or wasted / total > SPARSE_SHARE
-    # Empty rows of a partial last unit or at the edges of a domain are unavoidable.
-    edges = 2 * len(domains) * unit_bytes
-    if domains and too_much and wasted > edges and not plan.config.corpus.allow_sparse:
-        raise StoreError(
-            f"--domains: the corpus is not grouped by domain, so {human_bytes(wasted)} of "
-            f"{human_bytes(total)} would be empty rows. Group it (python -m gradproj prepare ... "
-            "--group_by_domain), or give --allow_sparse"
-        )
-
-
-def _check_space(plan: Plan) -> None:
-    done = len(list_records(plan.output / UNITS_DIR))
-    left = plan.store_bytes() * (1 - done / max(1, len(plan.wanted)))
-    free = free_bytes(plan.output)
-    if left > free:
-        raise StoreError(
-            f"--output_dir {plan.output}: {human_bytes(left)} are still needed and "
-            f"{human_bytes(free)} are free. Free some space, choose another directory, or give a "
-            "smaller --proj_rank_total"
-        )
-
-
-def free_bytes(path: Path) -> float:
-    """Return the free bytes of the file system that ``path`` is or will be on."""
-    return math.inf if in_bucket(path) else shutil.disk_usage(existing_ancestor(path)).free

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.heartbeats import read_heartbeats
+from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.coordinator.unmerge import (
@@ -30,7 +32,7 @@ from gradproj.distributed import JobName, Process, Rendezvous, report_errors_fro
 from gradproj.engine.projection import job_matrices
 from gradproj.errors import Ended, GradprojError, ReportedError, StoreError
 from gradproj.files import explain_os_errors
-from gradproj.formatting import clean_lines
+from gradproj.formatting import clean_lines, count, ranges_text
 from gradproj.job.attributes import attributes_of, versions
 from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.chat_template import keep_chat_template
@@ -179,6 +181,15 @@ def make_output(plan: Plan, owner: Owner, where: PilotRanks = HERE) -> nn.Module
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
     keep_chat_template(output, plan.chat_template, publisher)
     check_records_have_shards(output)
+    orphans = queue.give_up_orphans()
+    if orphans:
+        units = ranges_text(ranges_of(np.array(orphans, np.int64)))
+        log.warning(
+            "%s had shards without a record that belong to no process: they are computed again "
+            "(%s)",
+            count(len(orphans), "unit"),
+            units,
+        )
     unmerge_missing_units(output, queue.claims)
     fault_points.reach("metadata published")
     flags = plan.config.as_flags()
@@ -260,8 +271,7 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     """Append this rank's log to ``logs/rank-00000.log``.
 
     Under Slurm the job's id is part of the name (``logs/rank-00000-slurm-70_1.log``): jobs of an
-    array run on different machines and would overwrite each other's lines, and the batch script
-    looks there for what its own job has done.
+    array run on different machines and would overwrite each other's lines.
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
     handler = log_file(output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log", owner.name)

@@ -16,7 +16,8 @@ from gradproj.engine.batching import AUTO
 from gradproj.errors import CorpusError, GradprojError
 from gradproj.formatting import escaped, human_bytes, human_seconds, one_line
 from gradproj.job.memory import batch_bytes
-from gradproj.job.plan import Plan, free_bytes
+from gradproj.job.plan import Plan
+from gradproj.job.sizes import free_bytes
 from gradproj.job.unit_reader import UnitReader
 from gradproj.job.weights import gpu_weight_bytes, host_weight_bytes, weights_lines
 from gradproj.model.config import MODEL_DTYPES

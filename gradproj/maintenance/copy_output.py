@@ -37,7 +37,7 @@ from gradproj.store.layout import (
     UNITS_DIR,
 )
 from gradproj.store.metadata import read_attributes
-from gradproj.store.unit_record import decode_record, list_records, record_name
+from gradproj.store.unit_record import decode_record, is_given_up, list_records, record_name
 
 MARKER_NAME = "copy.json"
 """File of a copy that is not finished: which store it is of."""
@@ -61,7 +61,7 @@ class Copied:
     """Units that the source has not computed yet."""
 
 
-def copy_output(source: str, to: str, read_back: bool = True) -> Copied:
+def copy_output(source: str | Path, to: str, read_back: bool = True) -> Copied:
     """Copy an output; a second call continues a killed one, or adds what is new.
 
     Args:
@@ -144,7 +144,7 @@ class _Copier:
         """Copy a unit; return its bytes, None if it was there already."""
         name = record_name(unit)
         data = read_or_none(self.output.path / name)
-        if data is None:
+        if data is None or is_given_up(data):
             raise self._gone(name)
         record = decode_record(data, self.output.path / name)
         shards = {

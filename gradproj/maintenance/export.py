@@ -28,7 +28,7 @@ class ExportConfig(ReadingArgs, title="files"):
 
     output: str = output_flag()
     to: str = flag(
-        "Directory for the files; new or empty.",
+        "Local directory for the files; new or empty.",
         required="give a folder for the files",
         path="DIR",
     )

@@ -15,7 +15,6 @@ import numpy as np
 
 from gradproj.coordinator.claims import Claim, ClaimBoard
 from gradproj.coordinator.heartbeats import (
-    INTERVAL_S,
     ON_DISK,
     STALE_AFTER_S,
     HeartbeatWatch,
@@ -34,10 +33,10 @@ from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR
 ALIVE, GONE, STALE, SILENT, UNKNOWN = "alive", "gone", "stale", "silent", "unknown"
 """State of a process. ``gone``: its machine or a newer start of its job shows that it has ended.
 ``stale``: watched for ``STALE_AFTER_S`` without a heartbeat. ``silent``: watched for
-``SILENT_AFTER_S`` without one. ``unknown``: on another machine and not watched for that long."""
+``SILENT_BEATS`` without one. ``unknown``: on another machine and not watched for that long."""
 
-SILENT_AFTER_S = 2 * INTERVAL_S
-"""A live process writes a heartbeat within this time."""
+SILENT_BEATS = 2
+"""A live process writes a heartbeat within the time of so many."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Liveness:
             return ALIVE
         if sighting is not None and sighting.still_s >= STALE_AFTER_S:
             return STALE
-        if sighting is not None and sighting.still_s >= SILENT_AFTER_S * self._pace.slower:
+        if sighting is not None and sighting.still_s >= SILENT_BEATS * self._pace.beat_every_s:
             return SILENT
         return UNKNOWN
 

@@ -1,28 +1,23 @@
-"""Repairs a damaged output: deletes damaged units and merges the rest again.
+"""Repairs a damaged output: gives damaged units up and merges the rest again.
 
 The order of steps survives a kill at any point, and a second repair continues from there: the store
-is marked as not complete, the records are deleted, the columns are merged without them, and the
-shards are deleted last. A unit's claim is held until its shard is deleted, so that no job commits
-the unit in between.
+is marked as not complete and the units' merged rows as missing, the records are taken away, the
+columns are merged without them, and on disk the shards are deleted last. A unit's claim is held
+until then, so that no job commits the unit in between.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from gradproj.coordinator.merge import merge_publisher, write_metadata
 from gradproj.coordinator.opening import commits_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import unit_claim
-from gradproj.files import explain_os_errors
+from gradproj.coordinator.unmerge import mark_as_missing
 from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
-from gradproj.storage.folders import flush_folder
-from gradproj.store.layout import METADATA_NAME, UNITS_DIR
-from gradproj.store.unit_record import record_name
+from gradproj.store.layout import METADATA_NAME
 from gradproj.store.writer import update_attributes
 
 
@@ -42,7 +37,7 @@ class Repair:
     held: dict[int, str] = field(default_factory=dict)
     """Units left as they are -> the process that holds their claim."""
     orphans: list[int] = field(default_factory=list)
-    """Units whose shards, in a bucket, belonged to no record and were deleted."""
+    """Units that were given up because their shards, in a bucket, belonged to no record."""
     left: list[Damage] = field(default_factory=list)
     """Damage that remains."""
     complete: bool = False
@@ -74,16 +69,14 @@ def repair(verification: Verification) -> Repair:
     damaged = sorted(verification.damaged_units | verification.wrong_units)
     columns = any(d.kind == "columns" for d in verification.damage)
     metadata = str(output.path / METADATA_NAME)
-    here = Owner.this_process("repair", 0, 0)
-    orphans = commits_of(output.path, here).orphans(
-        verification.shards_without_record, output.layout
-    )
+    here = commits_of(output.path, Owner.this_process("repair", 0, 0))
+    orphans = here.orphans(output.layout, output.identity_hash)
     is_damaged = damaged or columns or any(d.path == metadata for d in verification.damage)
     if is_damaged or orphans:
         with merge_lock(output, "repair") as lock:
             if is_damaged:
                 _repair(output, lock, damaged, verification.wrong_units, columns, result)
-            result.orphans = _delete_orphans(output, lock, orphans)
+            result.orphans = lock.queue.give_up_orphans() if orphans else []
     repaired = {*result.units, *result.recovered}
     for damage in verification.damage:
         if damage.kind in ("unit", "rows"):
@@ -96,16 +89,6 @@ def repair(verification: Verification) -> Repair:
             result.left.append(damage)
     result.complete = read_output(verification.output).is_complete
     return result
-
-
-def _delete_orphans(output: Output, lock: MergeLock, units: list[int]) -> list[int]:
-    claims, commits = lock.queue.claims, lock.queue.commits
-    # Looked at again under the claims: a job may have prepared such a unit meanwhile.
-    ours = [unit for unit in units if claims.try_claim(unit_claim(unit))]
-    orphans = commits.orphans(ours, output.layout)
-    for unit in orphans:
-        commits.give_up(unit, output.layout)
-    return orphans
 
 
 def _repair(
@@ -142,10 +125,10 @@ def _remove_and_merge(
     # Before anything is deleted: from now on a job that finds every unit recorded merges again.
     update_attributes(output.store, {"complete": False}, publisher)
     write_metadata(output.path, publisher)
-    for unit in result.units:
-        lock.queue.commits.give_up(unit, output.layout)
     were_merged = any(merged.has(unit) for unit in result.units)
-    _remove((output.path / record_name(unit) for unit in result.units), output.path / UNITS_DIR)
+    # A running job may compute these units again at once, should this process be killed.
+    mark_as_missing(output.store, output.layout, result.units, publisher)
+    lock.queue.commits.give_up(result.units, output.layout)
     # A merge reads all records, so it cannot run while a damaged one of another process remains.
     if (columns or were_merged or output.is_merged) and not result.held:
         lock.merge()
@@ -154,12 +137,3 @@ def _remove_and_merge(
     for unit in result.units:
         if claims.owns(unit_claim(unit)):
             lock.queue.commits.clean_up(unit, output.layout)
-
-
-def _remove(paths: Iterable[Path], folder: Path) -> None:
-    """Delete those files that exist, and flush their directory."""
-    with explain_os_errors(folder):
-        for path in paths:
-            path.unlink(missing_ok=True)
-        with suppress(FileNotFoundError):
-            flush_folder(folder)

@@ -17,8 +17,8 @@ from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import read_unit
 from gradproj.errors import StoreError
-from gradproj.flags import Flags, flag
-from gradproj.job.recorded_args import output_flag
+from gradproj.flags import Flags, as_in, flag
+from gradproj.job.recorded_args import ReadingArgs, output_flag
 from gradproj.maintenance.checks import MergedColumns
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import ClaimedUnit, Speed, read_activity
@@ -53,6 +53,7 @@ class StatusConfig(Flags, title="status"):
         renamed_from="watch",
         default_text="0 = read once",
     )
+    anonymous: bool = as_in(ReadingArgs, "anonymous")
 
 
 @dataclass(frozen=True)

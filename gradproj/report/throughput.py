@@ -88,11 +88,10 @@ def _ranks_of_units(logs: Path) -> dict[tuple[int, float], str]:
         if match is None:
             continue
         rank = str(int(match[1])) + (f" of {match[2]}" if match[2] else "")
-        with path.open("rb") as file:
-            for line in file:
-                committed = _COMMITTED.search(line)
-                if committed is not None:
-                    ranks[int(committed[1]), float(committed[2])] = rank
+        for line in path.read_bytes().splitlines():
+            committed = _COMMITTED.search(line)
+            if committed is not None:
+                ranks[int(committed[1]), float(committed[2])] = rank
     return ranks
 
 

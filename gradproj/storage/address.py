@@ -5,19 +5,19 @@ An address names a place and nothing else. Credentials in it are refused, and no
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from posixpath import normpath
+from typing import Self
 from urllib.parse import quote, unquote
 
 from gradproj.errors import ConfigError
+from gradproj.flags.paths import check_no_secret, without_secret
 
+WRITABLE = ("s3", "gs", "az")
+"""Schemes of stores that can be written to: they have conditional writes."""
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _REMOTE = re.compile(r"(hf(?=://)|s3|gs|az|https?):/{1,2}", re.IGNORECASE)
 _HUB = re.compile(r"(datasets|models|spaces|buckets)/([^/@]+/[^/@]+)(?:@([^/]+))?$")
-_SECRET_QUERY = re.compile(
-    r"(x-amz-|x-goog-|signature|credential|token|sig=|sv=|awsaccesskeyid|key=|password)",
-    re.IGNORECASE,
-)
 
 
 def is_remote(text: str) -> bool:
@@ -29,8 +29,7 @@ def is_remote(text: str) -> bool:
 class Address:
     """A remote object or the common beginning of several. ``str`` gives the address back.
 
-    It has the parts of ``pathlib.Path`` that code for either kind of place needs: ``name``,
-    ``suffix``, ``parent``, ``/``, ``with_name``, ``is_relative_to`` and ``relative_to``.
+    Its names are those of ``pathlib.PurePath``, as far as gradproj needs them.
     """
 
     scheme: str
@@ -51,22 +50,12 @@ class Address:
         """
         match = _REMOTE.match(text)
         if match is None:
-            raise ConfigError(f"{text!r} is no address; give one such as s3://bucket/folder")
+            raise ConfigError(
+                f"{without_secret(text)!r} is no address; give one such as s3://bucket/folder"
+            )
+        check_no_secret(text)
         scheme, rest = match[1].lower(), text[match.end() :]
         bucket, _, key = rest.partition("/")
-        if "@" in bucket:
-            raise ConfigError(
-                f"an address {scheme}://...@{_shown(bucket.rpartition('@')[2])}: credentials do "
-                "not belong in an address; give them where the store's own tools find them "
-                "(environment, profile)"
-            )
-        key, question, query = key.partition("?") if scheme.startswith("http") else (key, "", "")
-        if question:
-            kind = "a signature or token" if _SECRET_QUERY.search(query) else "a query"
-            raise ConfigError(
-                f"{scheme}://{bucket}/{_shown(key)}?...: an address with {kind} (?...) is not "
-                "taken: it may be secret and may expire. Give the address without it"
-            )
         if scheme == "hf":
             bucket, key = _hub(bucket, key)
         if not bucket:
@@ -81,8 +70,18 @@ class Address:
         )
         return f"{self.scheme}://{self.bucket}{'/' if key else ''}{key}"
 
-    def __truediv__(self, name: str) -> "Address":
-        return replace(self, key=_clean(f"{self.key}/{name}", self.scheme))
+    def of_bucket(self, key: str) -> Self:
+        """Return the address of another key of the same bucket."""
+        return replace(self, key=key)
+
+    def __truediv__(self, name: str) -> Self:
+        if str(name) in ("", "."):
+            return self
+        return self.of_bucket(_clean(f"{self.key}/{name}", self.scheme))
+
+    def joinpath(self, *names: str) -> Self:
+        """Return the address with further parts."""
+        return self / "/".join(map(str, names))
 
     @property
     def name(self) -> str:
@@ -90,14 +89,33 @@ class Address:
         return self.key.rpartition("/")[2]
 
     @property
-    def suffix(self) -> str:
-        """The end of the name, with its dot: ``.tar``."""
-        return Path(self.name).suffix
+    def stem(self) -> str:
+        """The name without its last suffix."""
+        return PurePosixPath(self.name).stem
 
     @property
-    def parent(self) -> "Address":
-        """The address without its name."""
-        return replace(self, key=self.key.rpartition("/")[0])
+    def suffix(self) -> str:
+        """The end of the name, with its dot: ``.tar``."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> Self:
+        """The address without its name; the bucket itself is its own parent."""
+        return self.of_bucket(self.key.rpartition("/")[0])
+
+    @property
+    def parents(self) -> tuple[Self, ...]:
+        """All folders above, the nearest first."""
+        above, path = [], self
+        while path.key:
+            path = path.parent
+            above.append(path)
+        return tuple(above)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the address is of a store that takes objects."""
+        return self.scheme in WRITABLE
 
     @property
     def is_fixed(self) -> bool:
@@ -108,31 +126,37 @@ class Address:
     @property
     def origin(self) -> "Address":
         """The bucket alone."""
-        return replace(self, key="")
+        return Address(self.scheme, self.bucket)
 
-    def of_bucket(self, key: str) -> "Address":
-        """Return the address of another key of the same bucket."""
-        return replace(self, key=key)
-
-    def resolve(self) -> "Address":
-        """Return the address: there are no links."""
+    def resolve(self) -> Self:
+        """Return the address: there are no links, and no relative ones."""
         return self
 
-    def with_name(self, name: str) -> "Address":
+    absolute = expanduser = resolve
+
+    def as_posix(self) -> str:
+        """Return the address as text."""
+        return str(self)
+
+    def with_name(self, name: str) -> Self:
         """Return the address with another name in the same folder."""
         return self.parent / name
 
-    def is_relative_to(self, folder: "Location") -> bool:
+    def with_suffix(self, suffix: str) -> Self:
+        """Return the address with another last suffix."""
+        return self.with_name(PurePosixPath(self.name).with_suffix(suffix).name)
+
+    def is_relative_to(self, folder: object) -> bool:
         """Return True if the address lies below ``folder``."""
         if not isinstance(folder, Address) or folder.origin != self.origin:
             return False
         return not folder.key or self.key == folder.key or self.key.startswith(folder.key + "/")
 
-    def relative_to(self, folder: "Location") -> str:
-        """Return the key's part below ``folder``."""
+    def relative_to(self, folder: "Location") -> PurePosixPath:
+        """Return the key's part below ``folder``; a ValueError if it is not there."""
         if not isinstance(folder, Address) or not self.is_relative_to(folder):
             raise ValueError(f"{self} is not below {folder}")
-        return self.key[len(folder.key) :].lstrip("/")
+        return PurePosixPath(self.key[len(folder.key) :].lstrip("/"))
 
 
 Location = Path | Address
@@ -163,7 +187,3 @@ def _hub(kind: str, rest: str) -> tuple[str, str]:
             "a repository of the hub"
         )
     return repository, "/".join(parts[2:])
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "..."

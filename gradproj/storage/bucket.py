@@ -13,6 +13,12 @@ from gradproj.storage.failures import explained
 from gradproj.storage.retry import POLICY, RetryPolicy
 
 INSTALL = "pip install 'gradproj[cloud]'"
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+"""Variables that name another server than a cloud's own; the first that is set counts."""
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
 # Credentials of botocore are asked for again after this long: a login in between is noticed.
 _FRESH = timedelta(minutes=5)
@@ -53,9 +59,10 @@ def _open(
     origin: Address, anonymous: bool, policy: RetryPolicy, _: tuple[tuple[str, str], ...]
 ) -> Any:
     stores = importlib.import_module("obstore.store")
-    options: dict[str, Any] = {
-        "client_options": policy.of_client(), "retry_config": policy.of_obstore()
-    }  # fmt: skip
+    endpoints = filter(None, map(os.environ.get, _ENDPOINTS.get(origin.scheme, ())))
+    is_http = next(endpoints, "").lower().startswith("http://")
+    client = policy.of_client() | {"allow_http": is_http}
+    options: dict[str, Any] = {"client_options": client, "retry_config": policy.of_obstore()}
     with explained(origin, ConfigError):
         if origin.scheme == "s3":
             return _s3(stores, origin, anonymous, options)
@@ -71,8 +78,6 @@ def _open(
 
 
 def _s3(stores: Any, origin: Address, anonymous: bool, options: dict[str, Any]) -> Any:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    options["client_options"]["allow_http"] = endpoint.lower().startswith("http://")
     if anonymous:
         return stores.S3Store(origin.bucket, skip_signature=True, **options)
     if not (os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY")):

@@ -21,6 +21,9 @@ CONNECTIONS = 32
 """Requests of this process under way at once."""
 PART_BYTES = 2**22
 """Most bytes of a request: long beside the latency, and many of them to share the network."""
+_FIRST_PART_BYTES = 2**19
+"""Bytes of the first requests: all that are under way share the network, so that the first of many
+large ones would end with the last."""
 AHEAD_BYTES = 2**27
 """Most bytes that are asked for at once: ``CONNECTIONS`` parts."""
 MAX_GAP_BYTES = 2**16
@@ -90,8 +93,11 @@ class RangeCache:
                 end = min(end, begin + left)
                 left -= end - begin
                 for first, last in self._absent(name, begin, end):
-                    for at in range(first, last, PART_BYTES):
-                        self._add(name, at, min(at + PART_BYTES, last), fetch)
+                    while first < last:
+                        eighth = 2 ** (self._n_bytes // 8).bit_length() // 2
+                        part = min(max(_FIRST_PART_BYTES, eighth), PART_BYTES, last - first)
+                        self._add(name, first, first + part, fetch)
+                        first += part
                 if not left:
                     break
             while self._n_bytes > self._limit:

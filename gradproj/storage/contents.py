@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,11 +21,12 @@ from gradproj.files import crc32c, explain_os_errors, file_sum, try_lock
 from gradproj.storage.byte_ranges import executor
 from gradproj.storage.cache import FileCache
 from gradproj.storage.facts import facts_of
+from gradproj.storage.folders import read_ahead
 from gradproj.storage.object_path import READING, ObjectPath
 
 _READ_BYTES = 2**22
 _RANGE_BYTES = 2**23
-_RANGES_AHEAD = 2
+_RANGES_AT_ONCE = 3
 _LOOK_AGAIN_S = 0.2
 
 
@@ -42,18 +42,21 @@ def chunks_of(path: Path) -> Iterator[memoryview]:
             while data := file.read(_READ_BYTES):
                 yield memoryview(data)
         return
-    meta = path.meta()
-    if meta is None:
-        raise path._missing()
+    meta = path.head()
     size, etag = meta["size"], meta["e_tag"] or ""
-    waiting: list[Future[memoryview]] = []
-    for begin in range(0, size, _RANGE_BYTES):
-        end = min(begin + _RANGE_BYTES, size)
-        waiting.append(executor().submit(path.read_buffer, begin, end, etag))
-        if len(waiting) > _RANGES_AHEAD:
-            yield waiting.pop(0).result()
-    for part in waiting:
-        yield part.result()
+
+    def read(begin: int) -> memoryview:
+        return path.read_buffer(begin, min(begin + _RANGE_BYTES, size), etag)
+
+    yield from read_ahead(read, range(0, size, _RANGE_BYTES), path, _RANGES_AT_ONCE)
+
+
+def read_start(path: Path, n_bytes: int) -> bytes:
+    """Return the first bytes of a file or an object, fewer if it has not so many but some."""
+    if isinstance(path, ObjectPath):
+        return path.read_range(0, n_bytes)
+    with open(path, "rb") as file:
+        return file.read(n_bytes)
 
 
 def sum_of(path: Path) -> dict[str, int]:
@@ -107,10 +110,7 @@ def keep_ahead(paths: Iterable[Path]) -> None:
 
 
 def _cached(path: ObjectPath, cache: FileCache) -> BinaryIO:
-    meta = path.meta()
-    if meta is None:
-        raise path._missing()
-    return cache.open(path.address, facts_of(meta))
+    return cache.open(path, facts_of(path.head()))
 
 
 def map_array(path: Path) -> np.ndarray:

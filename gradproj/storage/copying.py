@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from gradproj.errors import StoreError, damaged
 from gradproj.files import (
@@ -13,11 +12,7 @@ from gradproj.files import (
     write_file_durably,
 )
 from gradproj.storage.contents import chunks_of, sum_of
-from gradproj.storage.failures import explained
 from gradproj.storage.object_path import ObjectPath
-
-PARTS_AT_ONCE = 4
-_PART_BYTES = 2**23
 
 
 def size_or_none(path: Path) -> int | None:
@@ -45,12 +40,12 @@ def copy_file(
     """
     written = _Written(source, expected)
     if isinstance(final, ObjectPath):
-        _put(final, written)
+        final.put_in_parts(written.chunks)
     else:
         with explain_os_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(final)
-        write_file_durably(temporary, written)
+        write_file_durably(temporary, written.chunks())
         replace_atomically(temporary, final)
     if read_back and sum_of(final) != written.sum:
         raise StoreError(
@@ -65,9 +60,9 @@ class _Written:
 
     def __init__(self, source: Path, expected: dict[str, int] | None) -> None:
         self._source, self._expected = source, expected
-        self.sum = {"bytes": 0, "crc32c": 0}
 
-    def __iter__(self) -> Iterator[memoryview]:
+    def chunks(self) -> Iterator[memoryview]:
+        self.sum = {"bytes": 0, "crc32c": 0}
         for data in chunks_of(self._source):
             self.sum = {
                 "bytes": self.sum["bytes"] + len(data),
@@ -76,31 +71,3 @@ class _Written:
             yield data
         if self._expected is not None and self.sum != self._expected:
             raise damaged(self._source, "it is not what its unit's record says")
-
-
-def _put(final: ObjectPath, chunks: _Written) -> None:
-    parts: list[Any] = []
-    whole = iter(chunks)
-    for data in whole:
-        parts.append(data)
-        if sum(map(len, parts)) > _PART_BYTES:
-            break
-    else:
-        final.put(parts)
-        return
-
-    def rest() -> Iterator[bytes]:
-        yield b"".join(parts)
-        parts.clear()
-        for data in whole:
-            yield bytes(data)
-
-    # An object of several parts appears when all of them are there, and not after an error.
-    with explained(final.address):
-        final.store.put(
-            final.key,
-            rest(),
-            use_multipart=True,
-            chunk_size=_PART_BYTES,
-            max_concurrency=PARTS_AT_ONCE,
-        )

@@ -14,12 +14,11 @@ from gradproj.storage.address import Address, Location
 
 Reason = Literal[
     "missing", "no bucket", "denied", "credentials", "expired", "exists", "changed", "conflict",
-    "range", "unsupported", "region", "unavailable", "other",
+    "range", "unsupported", "region", "unavailable", "unreachable", "other",
 ]  # fmt: skip
 
-RETRIED: tuple[Reason, ...] = ("unavailable", "conflict")
-"""Reasons that pass. A 409 is neither yes nor no: of two writes at once one is sent away.
-"""
+RETRIED: tuple[Reason, ...] = ("unavailable", "unreachable", "conflict")
+"""Reasons that pass. A 409 is neither yes nor no: of two writes at once one is sent away."""
 
 _STATUS = re.compile(r"status code: (\d{3})|\bstatus: (\d{3})")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>|\"(?:code|reason)\": ?\"(\w{1,60})\"")
@@ -35,6 +34,8 @@ _OF_CODE: dict[str, Reason] = {
     "BlobAlreadyExists": "exists",
     "AccessDenied": "denied", "PermanentRedirect": "region",
     "SlowDown": "unavailable", "RequestTimeout": "unavailable",
+    # The parts of an upload that is done, whose reply was lost, or that somebody ended.
+    "NoSuchUpload": "unavailable",
 }  # fmt: skip
 _OF_TYPE: dict[str, Reason] = {
     "FileNotFoundError": "missing", "PermissionDeniedError": "denied",
@@ -45,6 +46,7 @@ _OF_STATUS: dict[int, Reason] = {
     301: "region", 307: "region", 401: "credentials", 403: "denied", 404: "missing",
     408: "unavailable", 409: "conflict", 412: "changed", 416: "range", 429: "unavailable",
 }  # fmt: skip
+_NO_NETWORK = re.compile(r"provider: (?:EndpointConnection|Connect\w*|ReadTimeout)Error")
 _PASSING = ("error sending request", "body error", "error decoding response", "timed out")
 _WORDS: dict[Reason, str] = {
     "missing": "there is no such object; check the address",
@@ -62,6 +64,8 @@ _WORDS: dict[Reason, str] = {
     "range": "the object is shorter than expected",
     "unsupported": "the server lacks what is needed here (ranges, or conditional writes)",
     "region": "the bucket lies in another region; set AWS_REGION to it",
+    "unreachable": "the store cannot be reached (no connection); check the address, the endpoint "
+    "(AWS_ENDPOINT_URL) and the network",
     "unavailable": "the store cannot be reached, or is too busy, after all retries; try again "
     "later, and check the endpoint and the network",
     "other": "the store refuses the request",
@@ -76,10 +80,14 @@ def reason_of(error: BaseException) -> Reason:
     status, code = _status(text), _code(text)
     if code in _OF_CODE:
         return _OF_CODE[code]
+    if "External AWS credential provider" in text:  # botocore renews them, and failed to
+        return "unavailable" if _NO_NETWORK.search(text) else "expired"
     if "performing token request" in text:  # of the machine's own account, for want of another
         return "credentials"
     if "specified bucket does not exist" in text:  # Google's words
         return "no bucket"
+    if "kind: Connect" in text:
+        return "unreachable"
     if status == 409:  # obstore calls it AlreadyExistsError, as a 412
         return "conflict"
     kind = _OF_TYPE.get(type(error).__name__)

@@ -28,7 +28,9 @@ def read_or_none(path: Path) -> bytes | None:
         return None
 
 
-def read_ahead(read: Callable[[T], R], items: Sequence[T], place: Path) -> Iterator[R]:
+def read_ahead(
+    read: Callable[[T], R], items: Sequence[T], place: Path, n_at_once: int = READ_AHEAD
+) -> Iterator[R]:
     """Yield ``read(item)`` in order. In a bucket, several are under way at once."""
     if not isinstance(place, ObjectPath):
         yield from map(read, items)
@@ -36,7 +38,7 @@ def read_ahead(read: Callable[[T], R], items: Sequence[T], place: Path) -> Itera
     ahead: deque[Future[R]] = deque()
     for item in items:
         ahead.append(executor().submit(read, item))
-        if len(ahead) >= READ_AHEAD:
+        if len(ahead) >= n_at_once:
             yield ahead.popleft().result()
     while ahead:
         yield ahead.popleft().result()

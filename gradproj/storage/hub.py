@@ -3,13 +3,13 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from time import sleep
 from typing import Any, TypeVar
 
 from gradproj.errors import CorpusError
 from gradproj.storage.address import Address
 from gradproj.storage.facts import ObjectFacts
-from gradproj.storage.retry import POLICY
+from gradproj.storage.failures import Reason
+from gradproj.storage.retry import retried
 
 T = TypeVar("T")
 
@@ -114,21 +114,29 @@ def _ask(address: Address, question: Callable[[Any], T]) -> T:
         errors.EntryNotFoundError: "there is no such file or folder",
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set; unset it to read from the hub",
     }
-    pauses = POLICY.pauses()
-    while True:
-        try:
-            return question(_api())
-        except Exception as error:
-            reason = next((text for kind, text in words.items() if isinstance(error, kind)), "")
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            is_network = type(error).__module__.startswith("httpx") or isinstance(error, OSError)
-            if not (reason or status or is_network):
-                raise
-            pause = None
-            if not reason and (status is None or status == 429 or status >= 500):
-                pause = next(pauses, None)
-            if pause is None:
-                reason = reason or "the hub cannot be reached, or refuses; check the address"
-                answer = f" (the answer was {status})" if status else ""
-                raise CorpusError(f"{address}: {reason}{answer}") from None
-        sleep(pause)
+
+    def meaning(error: BaseException) -> Reason:
+        if isinstance(error, tuple(words)):
+            return "other"
+        status = _status(error)
+        if status is not None:
+            return "unavailable" if status == 429 or status >= 500 else "other"
+        is_network = type(error).__module__.startswith("httpx") or isinstance(error, OSError)
+        if not is_network:
+            return "other"
+        return "unreachable" if type(error).__name__ == "ConnectError" else "unavailable"
+
+    try:
+        return retried(lambda: question(_api()), address, meaning=meaning)
+    except Exception as error:
+        reason = next((text for kind, text in words.items() if isinstance(error, kind)), "")
+        status = _status(error)
+        if not (reason or status) and meaning(error) == "other":
+            raise
+        reason = reason or "the hub cannot be reached, or refuses; check the address"
+        answer = f" (the answer was {status})" if status else ""
+        raise CorpusError(f"{address}: {reason}{answer}") from None
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -10,6 +10,8 @@ from gradproj.errors import StoreError
 from gradproj.storage.object_path import ObjectPath
 
 COPY_EVERY_S = 60.0
+PART_BYTES = 2**20
+"""A longer log becomes several objects, since what is put is put as a whole."""
 
 
 def log_file(path: Path, process: str) -> logging.FileHandler:
@@ -29,7 +31,7 @@ class _CopiedLog(logging.FileHandler):
         descriptor, name = tempfile.mkstemp(prefix="gradproj-", suffix=f"-{final.name}")
         os.close(descriptor)
         super().__init__(name, encoding="utf-8", errors="backslashreplace")
-        self._final, self._copied, self._ended = final, 0, threading.Event()
+        self._final, self._copied, self._part, self._ended = final, 0, 0, threading.Event()
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def _run(self) -> None:
@@ -38,10 +40,17 @@ class _CopiedLog(logging.FileHandler):
 
     def _copy(self) -> None:
         try:
-            content = Path(self.baseFilename).read_bytes()
-            if len(content) > self._copied:
-                self._final.put([content])
-                self._copied = len(content)
+            while (size := os.path.getsize(self.baseFilename)) > self._copied:
+                start = self._part * PART_BYTES
+                with open(self.baseFilename, "rb") as file:
+                    file.seek(start)
+                    content = file.read(PART_BYTES)
+                name = f"{self._final.stem}-{self._part}" if self._part else self._final.stem
+                self._final.with_name(name + self._final.suffix).put([content])
+                self._copied = start + len(content)
+                self._part += len(content) == PART_BYTES
+                if self._copied >= size:
+                    break
         except (OSError, StoreError):  # a log must not end the rank; the next commit raises it
             pass
 

@@ -5,25 +5,19 @@ Code that handles an output writes ``output / NAME`` and works on disk and in a 
 A bucket has no folders, only keys: a folder exists as long as a key begins with it.
 """
 
-import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import total_ordering
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from gradproj.errors import ConfigError
-from gradproj.storage.address import Address, is_remote
+from gradproj.errors import ConfigError, CorpusError, GradprojError, StoreError
+from gradproj.storage.address import WRITABLE, Address, Location, is_remote
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.byte_ranges import executor
 from gradproj.storage.cache import FileCache
-from gradproj.storage.stored_object import ObjectReader, StoredObject
-
-WRITABLE = ("s3", "gs", "az")
-"""Schemes of stores that an output may lie in: they have conditional writes."""
-_BUFFER_BYTES = 2**20
+from gradproj.storage.stored_object import StoredObject
 
 
 @dataclass
@@ -54,11 +48,23 @@ def path_of(place: "str | Path | ObjectPath", *, anonymous: bool | None = None) 
     if not is_remote(text):
         return Path(place)
     address = Address.parse(text, READING.anonymous if anonymous is None else anonymous)
-    if address.scheme not in WRITABLE:
+    if not address.is_writable:
         raise ConfigError(
             f"{address}: outputs lie on disk or in a bucket ({'://, '.join(WRITABLE)}://)"
         )
-    return cast(Path, ObjectPath(open_bucket(address)[0], address))
+    return cast(Path, object_at(address, StoreError))
+
+
+def object_at(address: Address, kind: type[GradprojError] = CorpusError) -> "ObjectPath":
+    """Return the object of an address; its errors are of ``kind``, of an ``ObjectPath`` its own."""
+    if isinstance(address, ObjectPath):
+        return address
+    return ObjectPath(open_bucket(address)[0], address, kind)
+
+
+def opened(place: Location) -> Path:
+    """Return the path of a corpus's file, on disk or in a bucket."""
+    return cast(Path, object_at(place)) if isinstance(place, Address) else place
 
 
 def in_bucket(path: Path) -> bool:
@@ -66,10 +72,13 @@ def in_bucket(path: Path) -> bool:
     return isinstance(path, ObjectPath)
 
 
-def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, in no order; none if it does not exist."""
+def names_in(folder: Path, min_object_bytes: int = 0) -> list[str]:
+    """Return the names in a folder, in no order; none if it does not exist.
+
+    In a bucket without objects of fewer bytes than ``min_object_bytes``.
+    """
     if isinstance(folder, ObjectPath):
-        return folder.names()
+        return folder.names(min_bytes=min_object_bytes)
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -113,100 +122,15 @@ class ObjectStat(NamedTuple):
     st_mtime_ns: int
 
 
-@total_ordering
 class ObjectPath(StoredObject):
     """A key of a bucket, as a path."""
-
-    __slots__ = ()
-
-    def _at(self, address: Address) -> "ObjectPath":
-        return ObjectPath(self.store, address)
-
-    # --- names ---
-
-    def __truediv__(self, name: str) -> "ObjectPath":
-        return self._at(self.address / str(name)) if str(name) not in ("", ".") else self
-
-    def joinpath(self, *names: str) -> "ObjectPath":
-        """Return the path with further parts."""
-        return self / "/".join(map(str, names))
-
-    @property
-    def name(self) -> str:
-        """The last part of the key."""
-        return self.address.name
-
-    @property
-    def stem(self) -> str:
-        """The name without its last suffix."""
-        return PurePosixPath(self.name).stem
-
-    @property
-    def suffix(self) -> str:
-        """The end of the name, with its dot."""
-        return PurePosixPath(self.name).suffix
-
-    @property
-    def parent(self) -> "ObjectPath":
-        """The folder; the bucket itself is its own."""
-        return self._at(self.address.parent)
-
-    @property
-    def parents(self) -> tuple["ObjectPath", ...]:
-        """All folders above, the nearest first."""
-        above, path = [], self
-        while path.key:
-            path = path.parent
-            above.append(path)
-        return tuple(above)
-
-    def with_name(self, name: str) -> "ObjectPath":
-        """Return the path with another name in the same folder."""
-        return self.parent / name
-
-    def with_suffix(self, suffix: str) -> "ObjectPath":
-        """Return the path with another last suffix."""
-        return self.with_name(PurePosixPath(self.name).with_suffix(suffix).name)
-
-    def relative_to(self, folder: "ObjectPath") -> PurePosixPath:
-        """Return the part of the key below ``folder``; a ValueError if it is not there."""
-        return PurePosixPath(self.address.relative_to(folder.address))
-
-    def is_relative_to(self, folder: object) -> bool:
-        """Return whether the path lies below ``folder``."""
-        return isinstance(folder, ObjectPath) and self.address.is_relative_to(folder.address)
-
-    def absolute(self) -> "ObjectPath":
-        """Return the path: an address is always absolute."""
-        return self
-
-    def resolve(self) -> "ObjectPath":
-        """Return the path: a bucket has no links."""
-        return self
-
-    def expanduser(self) -> "ObjectPath":
-        """Return the path."""
-        return self
-
-    def as_posix(self) -> str:
-        """Return the address."""
-        return str(self)
 
     def __repr__(self) -> str:
         return f"ObjectPath({str(self)!r})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ObjectPath) and self.address == other.address
-
-    def __lt__(self, other: "ObjectPath") -> bool:
-        return self.address < other.address
-
-    def __hash__(self) -> int:
-        return hash(self.address)
-
     def __reduce__(self) -> tuple[Any, ...]:
         # The address alone: another process finds credentials where its own SDK looks.
-        return _reopen, (str(self), self.address.anonymous)
+        return object_at, (Address(self.scheme, self.bucket, self.key, self.anonymous), self.kind)
 
     # --- what is there ---
 
@@ -228,15 +152,13 @@ class ObjectPath(StoredObject):
 
     def stat(self) -> ObjectStat:
         """Return size and time of an object; a FileNotFoundError if there is none."""
-        meta = self.meta()
-        if meta is None:
-            raise self._missing()
+        meta = self.head()
         when = meta["last_modified"].timestamp()
         return ObjectStat(meta["size"], when, int(when * 1e9))
 
     def walk_files(self) -> "list[ObjectPath]":
         """Return all objects below this key, in no order."""
-        return [self._at(replace(self.address, key=key)) for key in self.keys_below()]
+        return [self.of_bucket(key) for key in self.keys_below()]
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """Yield what lies in this folder, sorted; nothing if it does not exist."""
@@ -260,35 +182,16 @@ class ObjectPath(StoredObject):
         """Return the whole object as text."""
         return self.read_bytes().decode(encoding, errors)
 
-    def open(
-        self, mode: str = "r", buffering: int = -1, encoding: str = "utf-8", errors: str = "strict"
-    ) -> Any:
-        """Open the object for reading, in mode ``rb`` or ``r``. Reads ask for ranges of bytes."""
-        if mode not in ("r", "rb", "rt"):
-            raise io.UnsupportedOperation(f"{self}: objects are opened for reading only")
-        meta = self.meta()
-        if meta is None:
-            raise self._missing()
-        raw = ObjectReader(self, meta["size"], meta["e_tag"] or "")
-        if buffering == 0:
-            return raw
-        buffered = io.BufferedReader(raw, buffering if buffering > 1 else _BUFFER_BYTES)
-        return buffered if mode == "rb" else io.TextIOWrapper(buffered, encoding, errors)
-
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: a bucket has no folders."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object."""
-        if not missing_ok and not self.is_file():
-            raise self._missing()
+        if not missing_ok:
+            self.head()
         self.delete()
 
     def remove_tree(self) -> None:
         """Delete all objects below this key."""
         for path in self.walk_files():
             path.delete()
-
-
-def _reopen(address: str, anonymous: bool) -> Path:
-    return path_of(address, anonymous=anonymous)

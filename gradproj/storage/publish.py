@@ -26,7 +26,7 @@ from gradproj.files import (
 )
 from gradproj.storage.folders import read_or_none
 from gradproj.storage.object_path import ObjectPath
-from gradproj.storage.stored_object import Version
+from gradproj.storage.stored_object import Version, one_buffer
 
 PREPARED_DIR = "prepared"
 """Folder of a bucket's output that holds what is about to be published, beside its final place."""
@@ -167,33 +167,51 @@ class ObjectPublisher(Publisher):
         return ObjectPublisher(check)
 
     def create(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> bool:
-        data = b"".join(chunks)
+        data = one_buffer(chunks)
         return self.publish_or_read(final, data) == data
 
-    def publish_or_read(self, final: Path, data: bytes) -> bytes:
-        """Publish an object unless there is one, and return the one that is there."""
-        while not _object(final).put_if_absent([data]):
+    def publish_or_read(self, final: Path, data: bytes, free: bytes = b"") -> bytes:
+        """Publish an object unless the name is taken, and return the one that is there.
+
+        A name is free without an object or, if ``free`` is given, with one of this content only.
+        """
+        while not (self._swap(final, free, data) if free else _object(final).put_if_absent([data])):
             found = read_or_none(final)
-            if found is not None:  # not deleted in between
-                return found
+            if found not in (None, free):  # not deleted or freed in between
+                return cast(bytes, found)
+            if found is None and free:
+                return b""  # deleted by hand
         return data
+
+    def _swap(self, final: Path, old: bytes, new: bytes) -> bool:
+        """Replace an object of this content. False as for ``put_if_match``."""
+        try:
+            content, version = _object(final).read_versioned()
+        except FileNotFoundError:
+            return False
+        return content == old and _object(final).put_if_match([new], version)
 
     def replace(self, final: Path, chunks: Iterable[Any], mode: int | None = None) -> None:
         path = _object(final)
         if self._check is None:
             path.put(chunks)
         else:
-            self._replace_version(path, path.version(), b"".join(chunks))
+            self.replace_version(path, path.version(), one_buffer(chunks))
 
     def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         path = _object(final)
         data, version = path.read_versioned()
-        self._replace_version(path, version, change(data))
+        self.replace_version(path, version, change(data))
 
     def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         self.update(final, change)
 
-    def _replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
+    def replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
+        """Replace this version of an object; None = there was none.
+
+        Raises:
+            Outdated: another process was faster, or was after this one.
+        """
         # The version was noted before the check. So one that takes over after the check finds this
         # write done, or makes its condition fail.
         if self._check is not None:

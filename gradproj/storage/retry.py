@@ -1,20 +1,30 @@
 """One rule for how often and how long a request is tried again.
 
-obstore itself repeats a request that ended in 5xx, 408 or 429, in a refused or reset connection or
-in a stall, with a growing random pause, and continues a body that was cut from where it stopped,
-given an etag. ``retried`` repeats what it does not: a 409, and a write whose reply was lost.
+obstore itself repeats a request that ended in 5xx, 408 or 429, or in a connection that was refused
+or reset, a few times in a few seconds, and continues a body that was cut from where it stopped,
+given an etag. ``retried`` goes on after that, and after a 409 and a write whose reply was lost.
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from gradproj.storage.failures import RETRIED, reason_of
+from gradproj.storage.address import Address
+from gradproj.storage.failures import RETRIED, Reason, reason_of
 
 T = TypeVar("T")
+
+NOTICE_S = 10.0
+"""A request that fails for longer is reported as waiting, once an outage."""
+FIRST_S = 10.0
+"""Stores that cannot be reached are given up after so long if none has answered this process yet:
+then an address or the endpoint is wrong rather than the store down."""
+_OF_CLIENT = 4, 5.0
+"""Tries of obstore at one request, and the seconds after which none of them begins."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class RetryPolicy:
     longest_s: float = 15.0
     deadline_s: float = 180.0
     """No attempt begins later than this after the first one."""
-    tries: int = 12
+    tries: int = 100
     connect_s: float = 10.0
     stall_s: float = 30.0
     """A body of which nothing arrives for so long is asked for again."""
@@ -41,9 +51,10 @@ class RetryPolicy:
 
     def of_obstore(self) -> dict[str, Any]:
         """Return the policy as the ``retry_config`` of a store of obstore."""
+        tries, seconds = _OF_CLIENT
         return {
-            "max_retries": self.tries - 1,
-            "retry_timeout": timedelta(seconds=self.deadline_s),
+            "max_retries": min(self.tries, tries) - 1,
+            "retry_timeout": timedelta(seconds=seconds),
             "backoff": {
                 "init_backoff": timedelta(seconds=self.first_s),
                 "max_backoff": timedelta(seconds=self.longest_s),
@@ -65,23 +76,74 @@ class RetryPolicy:
 POLICY = RetryPolicy()
 
 
+@dataclass
+class _Seen:
+    """Answers and outages that this process has seen, of all stores."""
+
+    answer: bool = False
+    outage: bool = False
+    """Whether people were told of the present one."""
+
+
+_SEEN = _Seen()
+
+
+class Patience:
+    """The attempts at one request that may be repeated: how long to wait for the next one."""
+
+    def __init__(
+        self,
+        place: Address,
+        policy: RetryPolicy = POLICY,
+        meaning: Callable[[BaseException], Reason] = reason_of,
+    ) -> None:
+        self._place, self._policy, self._meaning = place, policy, meaning
+        self._pauses, self._started = policy.pauses(), time.monotonic()
+
+    def succeeded(self) -> None:
+        """Note that the request was answered."""
+        _SEEN.answer, _SEEN.outage = True, False
+
+    def pause_after(self, error: BaseException) -> float | None:
+        """Return the seconds to wait before the next attempt; None if another makes no sense."""
+        reason, waited_s = self._meaning(error), time.monotonic() - self._started
+        _SEEN.answer |= reason != "unreachable"
+        pause = next(self._pauses, None) if reason in RETRIED else None
+        if pause is not None and not _SEEN.answer:
+            return min(pause, FIRST_S - waited_s) if waited_s < FIRST_S else None
+        if pause is not None and waited_s >= NOTICE_S and not _SEEN.outage:
+            _SEEN.outage = True
+            print(
+                f"gradproj: {self._place.origin} cannot be reached, or is too busy; waiting for "
+                f"it, at most {self._policy.deadline_s / 60:.0f} minutes",
+                file=sys.stderr,
+                flush=True,
+            )
+        return pause
+
+
 def retried(
     action: Callable[[], T],
+    place: Address,
     policy: RetryPolicy = POLICY,
     *,
+    meaning: Callable[[BaseException], Reason] = reason_of,
     sleep: Callable[[float], object] = time.sleep,
 ) -> T:
     """Call ``action`` until it succeeds, while its errors are those of a busy or unreachable store.
 
     Its last error is raised after ``policy.deadline_s``, any other at once. The action must be one
-    that may happen twice.
+    that may happen twice. ``place`` is named while it is waited for; ``meaning`` is of errors.
     """
-    pauses = policy.pauses()
+    patience = Patience(place, policy, meaning)
     while True:
         try:
-            return action()
+            result = action()
         except Exception as error:
-            pause = next(pauses, None) if reason_of(error) in RETRIED else None
+            pause = patience.pause_after(error)
             if pause is None:
                 raise
-            sleep(pause)
+        else:
+            patience.succeeded()
+            return result
+        sleep(pause)

@@ -9,12 +9,13 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from itertools import chain
+from typing import Any, Self, TypeVar, cast
 
-from gradproj.errors import StoreError
-from gradproj.storage.address import Address
+from gradproj.errors import GradprojError, StoreError
+from gradproj.storage.address import WRITABLE, Address
 from gradproj.storage.bucket import open_bucket
-from gradproj.storage.failures import explained, reason_of
+from gradproj.storage.failures import RETRIED, explained, reason_of
 from gradproj.storage.retry import POLICY, RetryPolicy, retried
 
 T = TypeVar("T")
@@ -22,6 +23,9 @@ Version = dict[str, str]
 """Names a version of an object in a condition: its etag, on Google's stores its generation."""
 
 
+PARTS_AT_ONCE = 4
+MAX_PUT_BYTES = 5_000_000_000
+"""The most that S3 and Azure take in one request. Parts in several have no conditions there."""
 _LARGE_BYTES = 2**23
 _UPLOADING = replace(POLICY, stall_s=600.0, deadline_s=1200.0)
 """For large bodies: the client's time without an answer runs while it still sends."""
@@ -31,31 +35,33 @@ class Unchanged(Exception):
     """The condition of a request does not hold, so nothing was written, or nothing is new."""
 
 
-class StoredObject:
-    """A key of a bucket.
+class StoredObject(Address):
+    """An address, and the open store that its bucket is.
 
-    Errors are a FileNotFoundError for what does not exist, otherwise a ``StoreError`` of one line.
+    Errors are a FileNotFoundError for what does not exist, otherwise of ``kind``, with one line.
     """
 
-    __slots__ = ("address", "store")
+    def __init__(
+        self, store: Any, address: Address, kind: type[GradprojError] = StoreError
+    ) -> None:
+        super().__init__(address.scheme, address.bucket, address.key, address.anonymous)
+        self.store, self.kind = store, kind
 
-    def __init__(self, store: Any, address: Address) -> None:
-        self.store, self.address = store, address
-
-    @property
-    def key(self) -> str:
-        """The key in the bucket, without slashes at its ends."""
-        return self.address.key
-
-    def __str__(self) -> str:
-        return str(self.address)
+    def of_bucket(self, key: str) -> Self:
+        """Return another key of the same bucket."""
+        address = Address(self.scheme, self.bucket, key, self.anonymous)
+        return type(self)(self.store, address, self.kind)
 
     # --- what is there ---
 
+    def head(self) -> dict[str, Any]:
+        """Return size, time and etag of the object. One request."""
+        return self._ask(self._head)
+
     def meta(self) -> dict[str, Any] | None:
-        """Return size, time and etag of the object; None if there is none. One request."""
+        """Return what ``head`` does; None if there is no object."""
         try:
-            return self._ask(self._head)
+            return self.head()
         except FileNotFoundError:
             return None
 
@@ -63,7 +69,12 @@ class StoredObject:
         try:
             return cast(dict[str, Any], self.store.head(self.key))
         except Exception as error:
-            if reason_of(error) == "denied":  # an answer without a body, which would say why
+            reason = reason_of(error)
+            if reason == "missing" or reason in RETRIED:
+                raise
+            if not self.is_writable:  # a web server that answers no HEAD; the body is not read
+                return cast(dict[str, Any], self.store.get(self.key).meta)
+            if reason == "denied":  # an answer without a body, which would say why
                 self._get({"range": (0, 1)})
             raise
 
@@ -72,36 +83,45 @@ class StoredObject:
         meta = self.meta()
         return None if meta is None else _version(meta)
 
-    def names(self, *, folders_only: bool = False) -> list[str]:
-        """Return the names in this folder, sorted. One request for each 1,000 of them."""
+    def listing(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the keys of the folders in this one, and size, time and etag of the objects.
+
+        One request for each 1,000 of them.
+        """
         found = self._ask(lambda: self.store.list_with_delimiter(self._prefix()))
-        keys = list(found["common_prefixes"])
+        for meta in found["objects"]:  # Azure lists etags without their quotation marks
+            if meta.get("e_tag") and not meta["e_tag"].endswith('"'):
+                meta["e_tag"] = f'"{meta["e_tag"]}"'
+        return list(found["common_prefixes"]), self._without_own(found["objects"])
+
+    def names(self, *, folders_only: bool = False, min_bytes: int = 0) -> list[str]:
+        """Return the names in this folder, sorted.
+
+        ``min_bytes``: size of the smallest objects that are returned.
+        """
+        keys, objects = self.listing()
         if not folders_only:
-            keys += self._without_own(meta["path"] for meta in found["objects"])
+            keys += [meta["path"] for meta in objects if meta["size"] >= min_bytes]
         return sorted({key.rstrip("/").rpartition("/")[2] for key in keys})
 
     def keys_below(self) -> list[str]:
         """Return all keys below this one, in no order. One request for each 1,000 of them."""
-        chunks = self._ask(lambda: list(self.store.list(self._prefix())))
-        return self._without_own(meta["path"] for chunk in chunks for meta in chunk)
+        return [key for key, _ in self.etags_below() if key.rstrip("/") != self.key]
 
     def etags_below(self) -> list[tuple[str, str]]:
         """Return all keys below this one with their etags, in no order."""
         chunks = self._ask(lambda: list(self.store.list(self._prefix())))
-        return [(meta["path"], meta["e_tag"] or "") for chunk in chunks for meta in chunk]
+        return [(meta["path"], meta.get("e_tag") or "") for chunk in chunks for meta in chunk]
 
     def has_keys_below(self) -> bool:
         """Return whether some key lies below this one."""
 
-        def first() -> list[str]:
-            chunk = next(iter(self.store.list(self._prefix(), chunk_size=2)), ())
-            return self._without_own(meta["path"] for meta in chunk)
+        first = self._ask(lambda: next(iter(self.store.list(self._prefix(), chunk_size=2)), ()))
+        return bool(self._without_own(first))
 
-        return bool(self._ask(first))
-
-    def _without_own(self, keys: Iterable[str]) -> list[str]:
+    def _without_own(self, metas: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave out this key itself, which some stores list once a folder was made or emptied."""
-        return [key for key in keys if key.rstrip("/") != self.key]
+        return [meta for meta in metas if meta["path"].rstrip("/") != self.key]
 
     def _prefix(self) -> str | None:
         return f"{self.key}/" if self.key else None
@@ -138,7 +158,7 @@ class StoredObject:
         try:
             return memoryview(self._ask(lambda: self.store.get(self.key, options=options).bytes()))
         except Unchanged:
-            raise StoreError(f"{self} has changed while it was read: start again") from None
+            raise self.kind(f"{self} has changed while it was read: start again") from None
 
     def read_end(self, n_bytes: int) -> tuple[bytes, int, str]:
         """Return the last bytes of an object, its whole size and its etag, of one version."""
@@ -163,12 +183,32 @@ class StoredObject:
 
         return self._ask(end)
 
-    # --- writing (whole objects only; see publish.py) ---
+    # --- writing (an object appears when it is whole; see publish.py) ---
 
     def put(self, chunks: Iterable[Any]) -> None:
         """Write the object, whatever is there."""
-        data = _joined(chunks)
-        self._send(data)
+        self._send(one_buffer(chunks))
+
+    def put_in_parts(self, read: Callable[[], Iterable[Any]]) -> None:
+        """Write an object of any size, ``PARTS_AT_ONCE`` parts of it at a time.
+
+        It appears when all are there. ``read`` gives its chunks, again if it is sent again.
+        """
+
+        def put() -> None:
+            first, chunks = bytearray(), iter(read())
+            for chunk in chunks:
+                first += chunk
+                if len(first) > _LARGE_BYTES:
+                    break
+            else:
+                return store.put(self.key, bytes(first), use_multipart=False)
+            whole = chain([bytes(first)], map(bytes, chunks))
+            sizes = {"chunk_size": _LARGE_BYTES, "max_concurrency": PARTS_AT_ONCE}
+            return store.put(self.key, whole, use_multipart=True, **sizes)
+
+        store = self._sender(_UPLOADING)
+        self._ask(put, _UPLOADING)
 
     def put_if_absent(self, chunks: Iterable[Any]) -> bool:
         """Write the object unless there is one. Returns whether this call wrote it.
@@ -183,7 +223,7 @@ class StoredObject:
         return self._put_if(chunks, dict(version))
 
     def _put_if(self, chunks: Iterable[Any], mode: Any) -> bool:
-        data = _joined(chunks)
+        data = one_buffer(chunks)
         try:
             self._send(data, mode=mode)
         except (Unchanged, FileNotFoundError):
@@ -191,10 +231,20 @@ class StoredObject:
         return True
 
     def _send(self, data: Any, **options: Any) -> None:
-        store, policy = self.store, tuple[RetryPolicy, ...]()
-        if len(data) > _LARGE_BYTES and getattr(store, "client_options", None):  # not in memory
-            store, policy = open_bucket(self.address, policy=_UPLOADING)[0], (_UPLOADING,)
-        self._ask(lambda: store.put(self.key, data, use_multipart=False, **options), *policy)
+        policy = _UPLOADING if len(data) > _LARGE_BYTES else POLICY
+        store = self._sender(policy)
+        self._ask(lambda: store.put(self.key, data, use_multipart=False, **options), policy)
+
+    def _sender(self, policy: RetryPolicy) -> Any:
+        """Return the store, with the client of another policy."""
+        if not self.is_writable:
+            raise self.kind(
+                f"{self}: cannot be written to; give a local path or a bucket "
+                f"({'://, '.join(WRITABLE)}://)"
+            )
+        if policy is POLICY or getattr(self.store, "client_options", None) is None:  # in memory
+            return self.store
+        return open_bucket(self, policy=policy)[0]
 
     def delete(self) -> None:
         """Delete the object, if there is one."""
@@ -206,10 +256,10 @@ class StoredObject:
     def _missing(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
 
-    def _ask(self, action: Callable[[], T], *policy: RetryPolicy) -> T:
-        with explained(self.address):
+    def _ask(self, action: Callable[[], T], policy: RetryPolicy = POLICY) -> T:
+        with explained(self, self.kind):
             try:
-                return retried(action, *policy)
+                return retried(action, self, policy)
             except Exception as error:
                 reason = reason_of(error)
                 if reason == "missing":
@@ -219,47 +269,20 @@ class StoredObject:
                 raise
 
 
-class ObjectReader(io.RawIOBase):
-    """A seekable file of one version of an object."""
-
-    def __init__(self, path: StoredObject, size: int, etag: str) -> None:
-        self._path, self._size, self._etag, self._at = path, size, etag, 0
-        self.name = str(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"{self._path}: negative position {start + offset}")
-        self._at = start + offset
-        return self._at
-
-    def readall(self) -> bytes:
-        data = self._path.read_range(self._at, self._size, self._etag)
-        self._at += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        stop = min(self._at + len(view), self._size)
-        data = self._path.read_range(self._at, stop, self._etag)
-        view[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-def _joined(chunks: Iterable[Any]) -> Any:
-    """Return buffers as one, which a request can send again."""
-    parts = list(chunks)
-    return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+def one_buffer(chunks: Iterable[Any]) -> bytes:
+    """Return buffers as one, which a request can send again. Holds a chunk at a time besides it."""
+    chunks = iter(chunks)
+    first = next(chunks, b"")
+    second = next(chunks, None)
+    if second is None:
+        return bytes(first)  # no copy of bytes
+    joined = io.BytesIO()
+    for chunk in (first, second):
+        joined.write(chunk)
+    del first, second
+    for chunk in chunks:
+        joined.write(chunk)
+    return joined.getvalue()  # shares its buffer
 
 
 def _version(meta: Any) -> Version:

@@ -145,7 +145,9 @@ class ObjectStream(io.RawIOBase):
         if etag:
             options = {**options, "if_match": etag}
         try:
-            answer = retried(lambda: obstore.get(store, key, options=options), self._policy)
+            answer = retried(
+                lambda: obstore.get(store, key, options=options), self.address, self._policy
+            )
         except Exception as error:
             raise self._failure(error) from None
         now = facts_of(answer.meta)

@@ -43,7 +43,17 @@ def decode_into(
     Fastest with ``VALUES_PER_STEP`` values a call. ``out`` may be ``stored`` itself if that is
     float32.
     """
-    if proj_dtype == "float16":
+    torch = sys.modules.get("torch")
+    if torch is not None and stored.flags.writeable:
+        # torch converts and multiplies at once, in a third of numpy's time, but is not imported for
+        # it. Both are exact.
+        if proj_dtype == "bfloat16":
+            values = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+        else:
+            values = torch.from_numpy(stored)
+        scale = torch.from_numpy(row_scale if row_scale.flags.writeable else row_scale.copy())
+        torch.mul(values, scale[:, None], out=torch.from_numpy(out))
+    elif proj_dtype == "float16":
         _decode_float16_into(stored, row_scale, out)
     else:
         values = bfloat16_to_float32(stored) if proj_dtype == "bfloat16" else stored
@@ -51,14 +61,6 @@ def decode_into(
 
 
 def _decode_float16_into(stored: np.ndarray, row_scale: np.ndarray, out: np.ndarray) -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and stored.flags.writeable:
-        # torch uses the processor's conversion, but is not imported for it: a reader without torch
-        # takes one and a half times as long (below). Both are exact.
-        torch.from_numpy(out).copy_(torch.from_numpy(stored.view(np.float16)))
-        with np.errstate(invalid="ignore"):
-            np.multiply(out, row_scale[:, None], out=out)
-        return
     # A half's bits, shifted into a float's, are value * 2^-112, denormals included. One
     # multiplication corrects that and applies the row's scale: four times as fast as numpy's own
     # conversion. Infinities and NaN come out wrong and are converted again below.

@@ -32,6 +32,8 @@ class FetchedShard(ShardRows):
         cache: of the ranges under way, shared by all shards of a store.
     """
 
+    _index_type = ShardIndex
+
     def __init__(
         self, path: ObjectPath, layout: StoreLayout, index_at_end: bool, cache: RangeCache
     ) -> None:
@@ -39,7 +41,7 @@ class FetchedShard(ShardRows):
         self._object, self._path = path, cast(Path, path)
         self._name, self._cache = str(path), cache
         self._opened: Future[tuple[ShardIndex, str]] = executor().submit(
-            _read_index, path, layout, index_at_end
+            _read_index, path, layout, index_at_end, self._index_type
         )
 
     @cached_property
@@ -166,11 +168,11 @@ class FetchedShard(ShardRows):
 
 
 def _read_index(
-    path: ObjectPath, layout: StoreLayout, index_at_end: bool
+    path: ObjectPath, layout: StoreLayout, index_at_end: bool, index_type: type[ShardIndex]
 ) -> tuple[ShardIndex, str]:
     """Return the index and the object's etag."""
     n_index = index_bytes(layout)
     data, n_bytes, etag = path.read_end(n_index)
     if not index_at_end:
         data = path.read_range(0, min(n_index, n_bytes), etag)
-    return ShardIndex(cast(Path, path), layout, data, n_bytes), etag
+    return index_type(cast(Path, path), layout, data, n_bytes), etag

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradproj.errors import ConfigError, StoreError
-from gradproj.flags.paths import local_path
+from gradproj.flags.paths import local_path, without_secret
 from gradproj.storage.address import is_remote
 from gradproj.storage.folders import tree_exists
 from gradproj.storage.object_path import ObjectPath, Stamp, path_of, read_each, read_if_changed
@@ -44,8 +44,9 @@ def find_store(path: str | Path) -> Path:
         remote = isinstance(path, ObjectPath) or is_remote(str(path))
         path = path_of(path) if remote else Path(local_path(str(path)))
     except ConfigError as error:
-        # An address may hold a secret; its errors name it without.
-        raise StoreError(str(error) if remote else f"{path} {error}") from error
+        raise StoreError(
+            str(error) if remote else f"{without_secret(str(path))} {error}"
+        ) from error
     for candidate in (path / STORE_NAME, path):
         if (candidate / "zarr.json").is_file():
             return candidate

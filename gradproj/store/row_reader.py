@@ -255,11 +255,10 @@ class Rows:
         return max(1, _BLOCK_BYTES // (width * self.layout.stored_dtype.itemsize))
 
     def _block_rows(self, row_bytes: int) -> int:
-        rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
-        bands = rows // self.layout.chunk_rows
-        if bands or self.layout.compressor != "none":  # decode each compressed chunk once
-            return max(1, bands) * self.layout.chunk_rows
-        return rows
+        rows, grid = max(1, _BLOCK_BYTES // max(1, row_bytes)), self.layout.chunk_rows
+        if rows >= grid or self.layout.compressor != "none":  # decode a compressed chunk once
+            return max(1, rows // grid) * grid
+        return -(-grid // -(-grid // rows))  # equal parts of a band, none with a few rows of it
 
     def _read_range(
         self,

@@ -1,4 +1,4 @@
-"""Places of the inner chunks of one uncompressed shard, by the shard's own index."""
+"""Places of the inner chunks of one shard, by the shard's own index."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from gradproj.files import crc32c
 from gradproj.store.layout import StoreLayout
 from gradproj.store.selection import Selection
 
-_EMPTY_CHUNK = 2**64 - 1
+EMPTY_CHUNK = 2**64 - 1
 _CHECKSUM_BYTES = 4
 
 
@@ -23,7 +23,7 @@ def index_bytes(layout: StoreLayout) -> int:
 
 
 class ShardIndex:
-    """The places of a shard's chunks, which are in any order (zarr-python's is Morton).
+    """The places of an uncompressed shard's chunks, in any order (zarr-python's is Morton).
 
     Args:
         path: the shard, for errors.
@@ -38,11 +38,11 @@ class ShardIndex:
     def __init__(self, path: str | Path, layout: StoreLayout, encoded: bytes, n_bytes: int) -> None:
         self._layout = layout
         n_across = layout.stored_width // layout.chunk_width
-        offsets = _offsets(path, encoded, index_bytes(layout), n_bytes, n_across)
+        offsets = decode_index(path, layout, encoded, n_bytes)[:, :, 0]
         self.row_bytes = layout.chunk_width * layout.stored_dtype.itemsize
         """Bytes of a row in a chunk."""
         self.chunk_bytes = chunk_bytes = layout.chunk_rows * self.row_bytes
-        present = offsets != _EMPTY_CHUNK
+        present = offsets != EMPTY_CHUNK
         self.origin = origin = int(offsets.min()) if present.any() else 0
         """Offset of the first chunk."""
         last = int(offsets[present].max()) if present.any() else -chunk_bytes
@@ -117,13 +117,12 @@ class ShardIndex:
                 yield start + first * self.row_bytes, start + last * self.row_bytes
 
 
-def _offsets(
-    path: str | Path, encoded: bytes, n_index: int, n_bytes: int, n_across: int
-) -> np.ndarray:
-    """Return every chunk's offset, ``(bands, chunks across)`` uint64."""
-    if n_bytes < n_index:
+def decode_index(path: str | Path, layout: StoreLayout, encoded: bytes, n_bytes: int) -> np.ndarray:
+    """Return every chunk's offset and bytes, ``(bands, chunks across, 2)`` uint64."""
+    if n_bytes < index_bytes(layout):
         raise damaged(path, f"{n_bytes} bytes cannot hold its index")
     index, checksum = encoded[:-_CHECKSUM_BYTES], encoded[-_CHECKSUM_BYTES:]
     if crc32c(index).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
         raise damaged(path, "the checksum of its index does not match")
-    return np.frombuffer(index, "<u8").reshape(-1, n_across, 2)[:, :, 0]
+    n_across = layout.stored_width // layout.chunk_width
+    return np.frombuffer(index, "<u8").reshape(-1, n_across, 2)

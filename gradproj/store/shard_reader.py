@@ -1,4 +1,7 @@
-"""Rows of a sharded array: from an uncompressed shard's map or ranges, else by zarr-python."""
+"""Rows of a sharded array: from a shard's map or ranges, else by zarr-python.
+
+zarr-python reads compressed shards on disk, and those of other programs' codecs.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,6 +16,7 @@ from gradproj.storage.byte_ranges import AHEAD_BYTES, RangeCache
 from gradproj.storage.contents import keep_ahead
 from gradproj.storage.failures import explained
 from gradproj.storage.object_path import READING, ObjectPath
+from gradproj.store.compressed_shard import CompressedShard
 from gradproj.store.fetched_shard import FetchedShard
 from gradproj.store.layout import StoreLayout
 from gradproj.store.mapped_shard import MappedShard
@@ -36,8 +40,10 @@ class Shards:
         self.layout = layout
         self._folder = store_path / layout.array
         self._maps = maps
-        remote = isinstance(self._folder, ObjectPath) and READING.cache is None
-        self._ranges = RangeCache() if remote else None
+        self._compressed = layout.compressor != "none"
+        remote = isinstance(self._folder, ObjectPath)
+        by_range = remote and (self._compressed or READING.cache is None)
+        self._ranges = RangeCache() if by_range else None
         """Of shards in a bucket; None for files, of which the system has a cache."""
         metadata = json.loads((self._folder / "zarr.json").read_text())
         self._separator = (
@@ -47,14 +53,15 @@ class Shards:
         self._index_at_end = sharding.get("index_location", "end") == "end"
         index_codecs = [codec["name"] for codec in sharding["index_codecs"]]
         codecs = [codec["name"] for codec in sharding["codecs"]]
-        self._mappable = index_codecs == ["bytes", "crc32c"] and codecs == ["bytes"]
+        known = [["bytes"], ["bytes", "zstd"], ["bytes", "blosc"]] if remote else [["bytes"]]
+        self._is_ours = index_codecs == ["bytes", "crc32c"] and codecs in known
         self._array: zarr.Array | None = None
 
     def path(self, unit: int) -> Path:
         return self._folder / self._separator.join(("c", str(unit), "0"))
 
     def exists(self, unit: int) -> bool:
-        if self._ranges is not None and self._mappable:
+        if self._ranges is not None and self._is_ours:
             return self._opened(unit) is not None
         return (self.layout.array, unit) in self._maps or self.path(unit).exists()
 
@@ -78,7 +85,7 @@ class Shards:
 
     def open_ahead(self, units: Iterable[int]) -> None:
         """Begin to open shards that are read soon, if that takes long."""
-        if self._ranges is not None and self._mappable:
+        if self._ranges is not None and self._is_ours:
             for unit in units:
                 self._load(unit)
         else:
@@ -154,7 +161,7 @@ class Shards:
 
     def _shard(self, unit: int) -> ShardRows | None:
         """Return the unit's shard; None if zarr-python has to read it."""
-        shard = self._opened(unit) if self._mappable else None
+        shard = self._opened(unit) if self._is_ours else None
         return shard if shard is not None and shard.regular else None
 
     def _opened(self, unit: int) -> ShardRows | None:
@@ -168,7 +175,8 @@ class Shards:
         def load() -> ShardRows | None:
             path = self.path(unit)
             if isinstance(path, ObjectPath) and self._ranges is not None:
-                return FetchedShard(path, self.layout, self._index_at_end, self._ranges)
+                kind = CompressedShard if self._compressed else FetchedShard
+                return kind(path, self.layout, self._index_at_end, self._ranges)
             try:
                 return MappedShard(path, self.layout, self._index_at_end)
             except FileNotFoundError:

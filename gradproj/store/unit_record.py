@@ -4,6 +4,7 @@ A record is a safetensors file, which any safetensors reader opens, with a crc32
 in the header's metadata. So a torn or altered record is always detected.
 """
 
+import errno
 import json
 import re
 import struct
@@ -16,7 +17,8 @@ from safetensors.numpy import load
 
 from gradproj.errors import DamagedFile, damaged
 from gradproj.files import crc32c
-from gradproj.storage.object_path import names_in
+from gradproj.storage.contents import read_start
+from gradproj.storage.object_path import ObjectPath, names_in
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import UNITS_DIR, StoreLayout
 
@@ -28,6 +30,10 @@ _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)
 _ABOUT = ("unit", "start", "identity", "shard", "stats")
 _STATS_BYTES = 4096
+_GIVEN_UP = b"given up "
+GIVEN_UP_BYTES = len(_GIVEN_UP) + 16
+_MIN_RECORD_BYTES = 64
+"""Objects in place of a record with fewer bytes are marks of units that were given up."""
 _MAX_HEADER_BYTES = 2**24
 _RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
 _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
@@ -63,20 +69,51 @@ def record_name(unit: int) -> str:
     return f"{UNITS_DIR}/{unit:08d}.safetensors"
 
 
+def is_recorded(output: Path, unit: int) -> bool:
+    """Return whether the unit has a record."""
+    path = output / record_name(unit)
+    if not isinstance(path, ObjectPath):
+        return path.is_file()
+    meta = path.meta()
+    return meta is not None and meta["size"] >= _MIN_RECORD_BYTES
+
+
 def list_records(units_dir: Path) -> np.ndarray:
     """Return the units that have a record, sorted int64; none if the folder does not exist."""
-    return _units_named(units_dir, _RECORD_NAME)
+    return _units_named(names_in(units_dir, _MIN_RECORD_BYTES), _RECORD_NAME)
 
 
 def list_shards(projections_dir: Path) -> np.ndarray:
     """Return the units that have a shard, recorded or not, sorted int64."""
-    return _units_named(projections_dir, _SHARD_NAME)
+    return _units_named(names_in(projections_dir), _SHARD_NAME)
 
 
-def _units_named(folder: Path, name: re.Pattern[str]) -> np.ndarray:
-    matches = (name.fullmatch(entry) for entry in names_in(folder))
+def _units_named(names: list[str], pattern: re.Pattern[str]) -> np.ndarray:
+    matches = map(pattern.fullmatch, names)
     units = [int(match[1]) for match in matches if match]
     return np.sort(np.array(units, np.int64))
+
+
+# --- given up, in a bucket ---
+
+
+def list_given_up(units_dir: Path) -> tuple[set[int], set[int]]:
+    """Return the units that were given up and not computed again, and those with a record."""
+    recorded = set(list_records(units_dir).tolist())
+    return set(_units_named(names_in(units_dir), _RECORD_NAME).tolist()) - recorded, recorded
+
+
+def given_up_mark(repair: str) -> bytes:
+    """Return what takes a record's place in a bucket once its unit was given up.
+
+    ``repair`` are 16 characters that no other repair has. On disk the record is deleted.
+    """
+    return _GIVEN_UP + repair.encode()
+
+
+def is_given_up(data: bytes) -> bool:
+    """Return whether this is a mark, not a record."""
+    return data.startswith(_GIVEN_UP) and len(data) == GIVEN_UP_BYTES
 
 
 def encode_record(record: UnitRecord) -> bytes:
@@ -133,7 +170,10 @@ def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRe
 
 def read_record(path: Path) -> UnitRecord:
     """Read a record from its file; a FileNotFoundError if there is none."""
-    return decode_record(path.read_bytes(), path)
+    data = path.read_bytes()
+    if is_given_up(data):
+        raise FileNotFoundError(errno.ENOENT, "the unit was given up", str(path))
+    return decode_record(data, path)
 
 
 def read_stats(path: Path) -> dict[str, Any]:
@@ -144,16 +184,15 @@ def read_stats(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: the file does not begin like a record.
     """
-    with path.open("rb") as file:
-        data = file.read(_STATS_BYTES)
-        try:
-            (header_bytes,) = struct.unpack_from("<Q", data)
-            if header_bytes > len(data) - 8:
-                data += file.read(min(header_bytes, _MAX_HEADER_BYTES))
-            about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
-            return dict(about["stats"])
-        except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, f"it does not begin like a record ({error})") from error
+    data = read_start(path, _STATS_BYTES)
+    try:
+        (header_bytes,) = struct.unpack_from("<Q", data)
+        if header_bytes > len(data) - 8:
+            data = read_start(path, 8 + min(header_bytes, _MAX_HEADER_BYTES))
+        about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
+        return dict(about["stats"])
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"it does not begin like a record ({error})") from error
 
 
 def _check_whole(data: bytes, source: str | Path) -> None:

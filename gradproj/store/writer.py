@@ -45,12 +45,15 @@ class StoreExists(StoreError):
     """There is a store at this path already; another process may just have made it."""
 
 
-def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview | bytes]:
+def shard_chunks(
+    stored: np.ndarray, layout: StoreLayout, before_index: bytes = b""
+) -> Iterator[memoryview | bytes]:
     """Yield the bytes of one shard file in order, a row of inner chunks at a time.
 
     The last chunks are padded with the layout's fill; chunks without any row are left out and
     marked as absent in the index. ``stored`` is ``(n, stored width)`` with n <= rows per shard,
     encoded by ``RowEncoder``, and missing rows among them are full of the fill already.
+    ``before_index`` are bytes between the chunks and the index, where no reader looks.
 
     Raises:
         ValueError: the shape or type is not the layout's.
@@ -80,7 +83,16 @@ def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview
         index[band, :, 1] = sizes
         offset += int(sizes.sum())
     tail = index.tobytes()
+    if before_index:
+        yield before_index
     yield tail + crc32c(tail).to_bytes(4, "little")
+
+
+def free_shard(layout: StoreLayout, mark: bytes) -> bytes:
+    """Return a shard without any row, which begins with ``mark``: to readers all are missing."""
+    return mark + b"".join(
+        shard_chunks(np.empty((0, layout.stored_width), layout.stored_dtype), layout)
+    )
 
 
 def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndarray:

@@ -1,34 +1,40 @@
 """Arrays that zarr-python reads, on disk or in a bucket."""
 
-import asyncio
+from asyncio import sleep
 from pathlib import Path
 from typing import Any
 
 import zarr
 from zarr.storage import ObjectStore
 
-from gradproj.storage.failures import RETRIED, reason_of
 from gradproj.storage.object_path import ObjectPath
-from gradproj.storage.retry import POLICY
+from gradproj.storage.retry import Patience
 
 
 class _PatientStore(ObjectStore):
     """Repeats reads whose reply was cut, which obstore itself does not do for short ones."""
 
+    place: ObjectPath
+
     async def get(self, *args: Any, **options: Any) -> Any:
-        pauses = POLICY.pauses()
+        patience = Patience(self.place)
         while True:
             try:
-                return await super().get(*args, **options)
+                result = await super().get(*args, **options)
             except Exception as error:
-                pause = next(pauses, None) if reason_of(error) in RETRIED else None
+                pause = patience.pause_after(error)
                 if pause is None:
                     raise
-                await asyncio.sleep(pause)
+            else:
+                patience.succeeded()
+                return result
+            await sleep(pause)
 
 
 def open_array(path: Path) -> zarr.Array:
     """Open an array for reading."""
     if isinstance(path, ObjectPath):
-        return zarr.open_array(_PatientStore(path.store, read_only=True), path=path.key, mode="r")
-    return zarr.open_array(str(path), mode="r")
+        store = _PatientStore(path.store, read_only=True)
+        store.place = path
+        return zarr.open_array(store, path=path.key, mode="r", zarr_format=3)
+    return zarr.open_array(str(path), mode="r", zarr_format=3)

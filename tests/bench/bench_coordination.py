@@ -32,14 +32,14 @@ from measure import print_machine
 
 from gradproj.coordinator.heartbeats import (
     INTERVAL_S,
-    WAIT_S,
+    ON_DISK,
     Heartbeat,
     RankProgress,
     read_heartbeats,
 )
 from gradproj.coordinator.merge import merge
 from gradproj.coordinator.process_id import Owner
-from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
+from gradproj.coordinator.progress import take_snapshot
 from gradproj.coordinator.units import UnitQueue, UnitRows
 from gradproj.store.layout import (
     FOLDERS,
@@ -103,9 +103,9 @@ def measure(
         show("heartbeat of a rank", cost, 200, job_s / INTERVAL_S, job_s, shares)
         display = (folder, simulation.layout, np.arange(n_units))
         repeat(cost, lambda: take_snapshot(*display, read_heartbeats(heartbeat.folder)), 5)
-        show("rank 0's look at all others", cost, 5, job_s / LINE_EVERY_S, job_s, shares)
+        show("rank 0's look at all others", cost, 5, job_s / ON_DISK.line_every_s, job_s, shares)
         repeat(cost, simulation.wait_once, 5)
-        looks = UNIT_S / WAIT_S[1]
+        looks = UNIT_S / ON_DISK.wait_s[1]
         show("a look for units that come back, at the end", cost, 5, looks, job_s, shares)
     seconds = [merge_seconds(n, parent) for n in merged]
     per_unit = (seconds[1] - seconds[0]) / (merged[1] - merged[0])

@@ -60,7 +60,6 @@ from gradproj.store import ProjectionStore
 from gradproj.store.row_encoder import RowEncoder
 
 ENVIRONMENT = {
-    **os.environ,
     "OMP_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -132,12 +131,18 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
 
 
 def measure(
-    part: str, cores: int, tars: Path | str, model: Path, output: Path, n_documents: int
+    part: str,
+    cores: int,
+    tars: Path | str,
+    model: Path,
+    output: Path | str,
+    n_documents: int,
+    script: str = __file__,
 ) -> dict[str, Any]:
-    """One run in a process of its own."""
+    """One run in a process of its own, which ``script PART FLAGS`` is."""
     command = [
         sys.executable,
-        __file__,
+        script,
         part,
         "--model",
         str(model),
@@ -158,7 +163,7 @@ def measure(
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     done = subprocess.run(
         command,
-        env=ENVIRONMENT,
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, chosen),
@@ -172,10 +177,10 @@ class Stopwatch:
     """Wall and CPU seconds of this process since it was made."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self.began, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        return {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
+        return {"wall": time.perf_counter() - self.began, "cpu": time.process_time() - self._cpu}
 
 
 def timed_job(flags: list[str]) -> dict[str, float]:
@@ -202,7 +207,7 @@ def timed_job(flags: list[str]) -> dict[str, float]:
     ):
         assert gradproj.run.main(flags) == 0
     assert len(ends) == N_UNITS
-    return {**ends[-1], "n_tokens": sum(tokens)}
+    return {**ends[-1], "n_tokens": sum(tokens), "began": watches[0].began}
 
 
 def timed_engine(flags: list[str]) -> dict[str, float]:

@@ -158,7 +158,8 @@ def rank_0(folder: Path) -> None:
     """Every check, the plan, and an empty output."""
     from gradproj.coordinator.process_id import Owner
     from gradproj.job.config import run_config
-    from gradproj.job.plan import free_bytes, make_plan
+    from gradproj.job.plan import make_plan
+    from gradproj.job.sizes import free_bytes
     from gradproj.job.startup import make_output
 
     flags = [

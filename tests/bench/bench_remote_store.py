@@ -15,34 +15,27 @@ the most memory that reading added to the process.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_store import Sides, exhaust
 from measure import Variant, interleave, print_machine, print_table
+from s3_servers import find_weed, make_bucket, s3_server
 
 from gradproj.storage.address import Address
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.byte_ranges import CONNECTIONS, PART_BYTES
 from gradproj.storage.object_path import ObjectPath
 from gradproj.store import ProjectionStore
-
-KEYS = {"AWS_ACCESS_KEY_ID": "K", "AWS_SECRET_ACCESS_KEY": "S"}
-PORTS = range(17_970, 17_974)
 
 
 class CountedStore:
@@ -74,45 +67,6 @@ class CountedStore:
         return getattr(self._store, name)
 
 
-@contextmanager
-def seaweed(program: str, folder: Path) -> Iterator[str]:
-    """Run SeaweedFS; yields its endpoint."""
-    identity = {"name": "t", "credentials": [{"accessKey": "K", "secretKey": "S"}]}
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    (folder / "s3.json").write_text(json.dumps({"identities": [{**identity, "actions": actions}]}))
-    (folder / "weed").mkdir()
-    master, volume, filer, s3 = PORTS
-    command = [
-        program, "server", f"-dir={folder / 'weed'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
-        "-s3", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        f"-s3.config={folder / 's3.json'}", "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=64", "-volume.max=40", "-volume.preStopSeconds=0",
-    ]  # fmt: skip
-    endpoint = f"http://127.0.0.1:{s3}"
-    with open(folder / "weed.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            while not _answers(endpoint):
-                if process.poll() is not None:
-                    raise SystemExit((folder / "weed.log").read_text()[-2000:])
-                time.sleep(0.2)
-            yield endpoint
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _answers(endpoint: str) -> bool:
-    try:
-        urllib.request.urlopen(endpoint, timeout=5)
-    except urllib.error.HTTPError:
-        return True  # 403
-    except OSError:
-        return False
-    return True
-
-
 class Bench:
     """A store in a bucket, and plain downloads of it."""
 
@@ -121,7 +75,7 @@ class Bench:
         sides.write_ours()
         address = Address("s3", "bench", "out")
         store, _ = open_bucket(address)
-        put(address.bucket)
+        make_bucket(address.bucket)
         local = folder / "gradproj"
         for path in local.rglob("*"):
             if path.is_file():
@@ -199,20 +153,6 @@ class Bench:
             )
 
 
-def put(bucket: str) -> None:
-    """Make the bucket, by botocore: obstore makes none."""
-    import botocore.session
-
-    client = botocore.session.Session().create_client(
-        "s3",
-        region_name="us-east-1",
-        endpoint_url=os.environ["AWS_ENDPOINT_URL"],
-        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-    )
-    client.create_bucket(Bucket=bucket)
-
-
 def added_memory(work: Callable[[], object]) -> int:
     """The most resident bytes that ``work`` adds to this process."""
 
@@ -240,9 +180,7 @@ def measure(program: str, quick: bool, latency_s: float, bytes_per_s: float) -> 
     """Return the plain download's time over each kind of reading's."""
     folder, ratios = Path(tempfile.mkdtemp(prefix="bench_remote_")), dict[str, float]()
     try:
-        with seaweed(program, folder) as endpoint:
-            more = {"AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-            os.environ |= KEYS | more | {"AWS_ENDPOINT_URL": endpoint}
+        with s3_server(program, folder):
             bench = Bench(folder, 4_096 if quick else 16_384, latency_s, bytes_per_s)
             n_bytes = sum(size for _, size in bench.objects)
             print_machine("obstore")
@@ -269,7 +207,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the rows, 3 rounds")
-    parser.add_argument("--weed", default=shutil.which("weed"), help="SeaweedFS's program")
+    parser.add_argument("--weed", default=find_weed(), help="SeaweedFS's program")
     parser.add_argument("--latency_ms", type=float, default=0.0, help="before each request")
     parser.add_argument("--mb_per_s", type=float, default=math.inf, help="of the network")
     args = parser.parse_args()

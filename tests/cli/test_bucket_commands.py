@@ -1,13 +1,18 @@
 """Commands that read a job's output give the same answers from a bucket."""
 
+import json
+import pickle
 import re
 
+import numpy as np
 import pytest
+import xarray as xr
 from helpers.query_command import TEXT
 
 from gradproj.__main__ import main
 from gradproj.storage.cache import FileCache
 from gradproj.storage.object_path import READING, path_of
+from gradproj.store import ProjectionStore
 
 COMMANDS = {
     "query": ["--text", TEXT, "--device", "cpu"],
@@ -19,13 +24,17 @@ COMMANDS = {
     "domains": ["--device", "cpu"],
     "status": ["--json"],
     "verify": [],
+    "verify recomputed": ["--recompute", "2", "--device", "cpu"],
+    "merge": [],
+    "export": ["--to", "FOLDER"],
+    "select": ["--text", TEXT, "--top", "3", "--to", "FOLDER/tars", "--device", "cpu"],
     "text": [],
     "curvature": ["--device", "cpu", "--curvature_tokens", "64"],
     "query rescored": ["--text", TEXT, "--device", "cpu", "--rescore", "5"],
     "report": ["--device", "cpu"],
 }
 """In this order: later ones need the files of earlier ones."""
-MEASURED = re.compile(r"(in )?\d+(\.\d+)? s\b( \(\S+ MB/s\))?|\d+(\.\d+)? [kMG]?B of memory")
+MEASURED = re.compile(r"(in )?[\d.]+ s\b( \(\S+ MB/s\))?|[\d.]+ [kMG]?B( of memory|; open)")
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +56,48 @@ def s3_module(s3_server):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_says_the_same_of_an_output_in_a_bucket(places, name, capsys):
+def test_a_command_says_the_same_of_an_output_in_a_bucket(places, name, tmp_path, capsys):
     answers = []
-    for place in places:
-        code = main([name.split()[0], str(place), *COMMANDS[name]])
+    for number, place in enumerate(places):
+        folder = tmp_path / str(number)
+        flags = [flag.replace("FOLDER", str(folder)) for flag in COMMANDS[name]]
+        code = main([name.split()[0], str(place), *flags])
         printed = capsys.readouterr()
-        lines = MEASURED.sub("", printed.out.replace(str(place), "OUTPUT")).splitlines()
-        answers.append((code, lines, "Traceback" in printed.err))
-    (code, lines, failed), (other_code, other_lines, other_failed) = answers
+        shown = printed.out.replace(str(place), "OUTPUT").replace(str(folder), "FOLDER")
+        lines = MEASURED.sub("", shown).splitlines()
+        answers.append((code, lines, written(folder, place), "Traceback" in printed.err))
+    (code, lines, files, failed), (other_code, other_lines, other_files, other_failed) = answers
     assert not failed
     assert not other_failed
     assert other_code == code, printed.err
     for line, other in zip(lines, other_lines, strict=True):
         assert other == line
+    assert other_files == files
+    assert bool(files) == ("--to" in COMMANDS[name])
+
+
+def written(folder, place):
+    """Return the files that a command has written, by their names."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(str(place).encode(), b"OUTPUT")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_store_in_a_bucket_is_pickled_and_opened_by_xarray(places, s3_server):
+    local, remote = (ProjectionStore(place) for place in places)
+    packed = pickle.dumps(remote)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() not in packed
+    ids = range(len(local))
+    np.testing.assert_array_equal(pickle.loads(packed).rows(ids), local.rows(ids))
+    want = local.to_xarray()
+    opened = xr.open_dataset(str(places[1]), engine="gradproj", chunks={})
+    for dataset in (remote.to_xarray(), opened, pickle.loads(pickle.dumps(opened))):
+        xr.testing.assert_identical(dataset.compute(), want.compute())
+        name = remote.layers[1].name
+        part = dataset.rows.sel(layer=name).compute()
+        np.testing.assert_array_equal(part, local.layer(name)[:].reshape(len(local), -1))
 
 
 @pytest.fixture
@@ -136,3 +174,22 @@ def test_a_cache_without_room_is_one_line(places, reading, tmp_path, capsys):
     flags = ["--text", TEXT, "--device", "cpu", "--cache_dir", str(tmp_path), "--cache_gb", "1e-7"]
     assert main(["query", str(places[1]), *flags]) == 2
     assert "give a larger --cache_gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["status", "text", "copy"])
+def test_an_output_in_a_public_bucket_is_read_without_credentials(
+    places, s3_module, reading, name, tmp_path, monkeypatch, capsys
+):
+    bucket = places[1].bucket
+    statement = {"Effect": "Allow", "Principal": "*", "Action": "s3:*"}
+    statement["Resource"] = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    s3_module.client.put_bucket_policy(Bucket=bucket, Policy=policy)
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # and no ~/.aws
+    line = [name, str(places[1]), *([str(tmp_path / "copied")] if name == "copy" else [])]
+    assert main(line) == 2
+    assert "credentials" in capsys.readouterr().err
+    assert main([*line, "--anonymous"]) == 0
+    assert capsys.readouterr().out

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.faults import dead_owner, fill, inconsistent_units, make_store
 
+from gradproj.coordinator import file_commits
 from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.file_commits import FileCommits
@@ -306,7 +307,8 @@ def test_unit_of_a_silent_owner_is_waited_for_and_then_computed(tmp_path, monkey
 
 
 def test_stop_request_ends_a_pause(tmp_path, monkeypatch):
-    monkeypatch.setattr(heartbeats_module, "WAIT_S", (60.0, 60.0))
+    pace = dataclasses.replace(file_commits.ON_DISK, wait_s=(60.0, 60.0))
+    monkeypatch.setattr(file_commits, "ON_DISK", pace)
     assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
     started = time.monotonic()
     stopping = lambda: time.monotonic() - started > 0.5  # noqa: E731

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
+import zarr
+from helpers.buckets import memory_path
 from helpers.faults import (
     IDENTITY,
     fake_owner,
@@ -16,14 +20,17 @@ from helpers.faults import (
 )
 from obstore.store import MemoryStore
 
+from gradproj.coordinator import partial_rows as partial_rows_module
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, RankProgress, heartbeat_counter
 from gradproj.coordinator.merge import is_merged
+from gradproj.coordinator.object_commits import ObjectCommits
 from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue, unit_claim
 from gradproj.coordinator.unmerge import check_records_have_shards, unmerge_missing_units
 from gradproj.errors import StoreError
+from gradproj.maintenance.merge import MergeLock
 from gradproj.maintenance.repair import repair
 from gradproj.maintenance.verify import verify
 from gradproj.storage import object_path
@@ -32,6 +39,7 @@ from gradproj.storage.folders import delete_tree
 from gradproj.storage.object_path import ObjectPath
 from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import STATUS, StoreConfig, plan_layout
 from gradproj.store.unit_record import list_records, read_record, record_name
 
 
@@ -168,6 +176,58 @@ class TestCommits:
         assert damage_in(output) == []
         assert inconsistent_units(output, layout) == []
 
+    def test_a_start_gives_up_shards_of_no_unit(self, output, layout):
+        fill(output, layout, fake_owner(0))
+        (output / record_name(1)).unlink()
+        queue = queue_of(output, layout, 1)
+        in_bucket = isinstance(output, ObjectPath)  # on disk such a shard is replaced
+        assert queue.give_up_orphans() == ([1] if in_bucket else [])
+        assert queue.give_up_orphans() == []
+        assert list_records(output / "units").tolist() == [0, 2]
+        unmerge_missing_units(output, queue.claims)
+        with ProjectionStore(output) as store:
+            assert store.missing_ranges() == [(16, 32)]
+            assert np.isnan(store.rows(range(16, 32), missing="nan")).all()
+        if in_bucket:  # to plain zarr too
+            store = zarr.storage.ObjectStore(output.store, read_only=True)
+            group = zarr.open_group(store, path="out/projections.zarr", mode="r")
+            assert np.isnan(group["projections"][16:32]).all()
+        assert fill(output, layout, fake_owner(2), writer=1)
+        assert damage_in(output) == []
+
+    def test_a_repaired_unit_may_turn_out_to_have_no_rows(self, output, layout):
+        fill(output, layout, fake_owner(0))
+        replace(output / layout.shard_name(1), [b"damaged"])
+        repair(verify(output))
+        assert verify(output).shards_without_record == []
+        queue, rows = queue_of(output, layout, 1), fake_rows(layout, 1)
+        rows.record.columns["status"][:] = STATUS["out_of_memory"]
+        assert queue.claims.try_claim(unit_claim(1))
+        assert queue.commit(dataclasses.replace(rows, stored=None))
+        assert damage_in(output) == []
+
+    def test_rows_computed_after_a_killed_repair_are_not_read_with_old_columns(
+        self, output, layout, monkeypatch, no_stale_wait
+    ):
+        fill(output, layout, fake_owner(0))
+        replace(output / layout.shard_name(1), [b"damaged"])
+        monkeypatch.setattr(MergeLock, "merge", lambda lock: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            repair(verify(output))
+        running = queue_of(output, layout, 1)  # it began before the repair
+        assert running.claims.try_claim(unit_claim(1))
+        assert running.commit(fake_rows(layout, 1, writer=1))
+        with ProjectionStore(output) as store:
+            assert store.column("loss", 16, 32).tolist() == [1.0] * 16
+
+    def test_rows_saved_for_a_unit_that_is_committed_meanwhile(self, output, layout, monkeypatch):
+        log = queue_of(output, layout, 0).partial_log(0, "key")
+        log.append(0, 1, partial_rows(0))
+        listed = list(partial_rows_module.names_in(log.folder))
+        delete_tree(log.folder)
+        monkeypatch.setattr(partial_rows_module, "names_in", lambda folder: listed)
+        assert log.read() == (0, [])
+
     def test_heartbeats_move(self, output, layout):
         progress, folder = RankProgress(batches=1), output / "heartbeats"
         with Heartbeat(folder, fake_owner(0), progress) as heartbeat:
@@ -227,4 +287,17 @@ def test_requests_of_a_unit():
     queue.commit(fake_rows(layout, next(units)))
     store.requests.clear()
     queue.commit(fake_rows(layout, next(units)))
-    assert store.requests == {"put": 4, "list": 3, "get": 2, "head": 7, "delete": 2}
+    assert store.requests == {"put": 4, "list": 3, "get": 3, "head": 7, "delete": 2}
+
+
+def test_a_commit_in_a_bucket_holds_the_unit_once_more():
+    layout = plan_layout(4096, [1024], 12, StoreConfig(encoding="dense", rows_per_shard=4096))
+    rows = fake_rows(layout, 0, 0)
+    commits = ObjectCommits(memory_path("out"), fake_owner(0))
+    tracemalloc.start()
+    try:
+        assert commits.commit(rows, layout, lambda: True, lambda: None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.4 * rows.stored.nbytes

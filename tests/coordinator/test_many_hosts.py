@@ -21,7 +21,7 @@ from helpers.faults import (
     make_store,
 )
 
-from gradproj.coordinator import fault_points
+from gradproj.coordinator import fault_points, file_commits
 from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
@@ -226,9 +226,10 @@ def here(monkeypatch):
 
     for module in (heartbeats_module, units_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
-    for name, seconds in (("STALE_AFTER_S", 0.15), ("CONFIRM_AFTER_S", 0.05), ("ALIVE_FOR_S", 0.1)):
+    for name, seconds in (("STALE_AFTER_S", 0.15), ("CONFIRM_AFTER_S", 0.05)):
         monkeypatch.setattr(heartbeats_module, name, seconds)
-    monkeypatch.setattr(heartbeats_module, "WAIT_S", (0.02, 0.1))
+    pace = dataclasses.replace(file_commits.ON_DISK, wait_s=(0.02, 0.1), moving_for_s=0.1)
+    monkeypatch.setattr(file_commits, "ON_DISK", pace)
     return here
 
 

@@ -11,7 +11,8 @@ from gradproj.corpus.index import build_index
 from gradproj.corpus.tar.paths import UNFINISHED_NAME, list_tars
 from gradproj.corpus.tar.remote_writer import tars_published
 from gradproj.errors import ConfigError, CorpusError, StoreError
-from gradproj.storage.listing import delete_objects, list_folder, read_object, write_object
+from gradproj.storage.listing import list_folder
+from gradproj.storage.object_path import object_at
 
 RECORDS = [input_record(f"text {i} " * 50, f"domain {i % 3}") for i in range(50)]
 
@@ -33,7 +34,7 @@ def test_tars_in_a_bucket_have_the_bytes_of_those_on_disk(settings, source, buck
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert report.n_tars == len(local)
     assert names_of(bucket / "out") == sorted(local)
-    assert {a.name: read_object(a) for a in list_folder(bucket / "out")} == local
+    assert {a.name: object_at(a).read_bytes() for a in list_folder(bucket / "out")} == local
     with pytest.raises(StoreError, match=r"has \d tars already \(shard-000000\.tar\); prepare nei"):
         run_prepare(source, bucket / "out")
 
@@ -86,7 +87,7 @@ def test_half_a_corpus_in_a_bucket_is_never_taken_for_a_whole(source, bucket, tm
         (work / "tars" / "shard-000000.tar").write_bytes(b"content")
         at_end(work / "tars" / "shard-000000.tar")
         assert names_of(folder) == ["shard-000000.tar", UNFINISHED_NAME]
-        kept = read_object(folder / UNFINISHED_NAME)
+        kept = object_at(folder / UNFINISHED_NAME).read_bytes()
         for read in (lambda: list_tars(str(folder)), lambda: build_index([folder / "x.tar"])):
             with pytest.raises(CorpusError, match="its tars are not all there: a prepare still"):
                 read()
@@ -94,10 +95,10 @@ def test_half_a_corpus_in_a_bucket_is_never_taken_for_a_whole(source, bucket, tm
             run_prepare(source, folder)
         raise KeyboardInterrupt
     assert names_of(folder) == []  # an error, or Ctrl-C, cleans up
-    write_object(folder / UNFINISHED_NAME, kept)  # as a killed one leaves it
+    object_at(folder / UNFINISHED_NAME).put([kept])  # as a killed one leaves it
     with pytest.raises(StoreError, match="delete the folder, or give a new one"):
         run_prepare(source, folder)
-    delete_objects([folder / UNFINISHED_NAME])
+    object_at(folder / UNFINISHED_NAME).delete()
     with pytest.raises(CorpusError, match="no document in"):
         run_prepare(write_as(".jsonl", tmp_path / "empty", []), folder)
     assert names_of(folder) == []

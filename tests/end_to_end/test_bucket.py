@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.fault_proxy import fault_proxy, url_of
 from helpers.forked_ranks import Ranks
@@ -18,9 +19,12 @@ STEPS = ("store published", "partial published", "shard published", "record publ
 
 
 def test_a_token_that_expires_in_mid_run_loses_nothing(tmp_path, model_dir, bucket, s3_server):
-    shards = make_corpus(tmp_path / "tars", mixed_documents(48), per_tar=20)
+    if bucket.scheme != "s3":
+        pytest.skip("the proxy answers as S3 does")
+    shards = make_corpus(tmp_path / "tars", mixed_documents(24), per_tar=20)
     output, url = path_of(f"{bucket}/out"), s3_server.url
-    settings = SETTINGS | {"shards": shards, "model": model_dir, "basis": "random"}
+    settings = SMALL_JOB | {"rows_per_shard": 8, "device": "cpu", "encoding": "signs"}
+    settings |= {"shards": shards, "model": model_dir}
     with fault_proxy(url, seed=0, rates={}) as proxy, Ranks(tmp_path) as ranks:
         environment = s3_server.environment | {"AWS_ENDPOINT_URL": url_of(proxy)}
         launch = Launch(ranks, output, environment, **settings)
@@ -32,10 +36,11 @@ def test_a_token_that_expires_in_mid_run_loses_nothing(tmp_path, model_dir, buck
         assert "the credentials have expired; log in again" in ended.output
         assert "Traceback" not in ended.output
         kept = {path.name: path.read_bytes() for path in (output / "units").iterdir()}
-        assert 0 < len(kept) < 6
+        assert 0 < len(kept) < 3
         proxy.refusal = ""
         launch.finish(1)
     assert is_merged(output)
+    assert (output / "logs").names()
     assert all((output / "units" / name).read_bytes() == data for name, data in kept.items())
 
 
@@ -57,7 +62,8 @@ def test_killed_job_resumes_to_the_bytes_of_a_disk(tmp_path, model_dir, bucket, 
         launch.finish(1)  # deletes what requests of the dead have left that were carried out late
     assert arrays_in_bucket(output) == arrays_of(tmp_path / "out")
     assert json.loads((output / "projection_stats.json").read_text())["complete"] is True
-    left = {name: (output / name).names() for name in (*FOLDERS, "prepared", "probe")}
+    # Not names: SeaweedFS lists folders that have become empty.
+    left = {name: (output / name).keys_below() for name in (*FOLDERS, "prepared", "probe")}
     assert len(left.pop("units")) == 6
-    assert left.pop("logs")
+    left.pop("logs")  # maybe none: ranks were stopped before a commit, or killed
     assert not any(left.values()), left

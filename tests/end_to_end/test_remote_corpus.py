@@ -10,7 +10,7 @@ from helpers.outputs import N_UNITS, ROWS_PER_UNIT, SETTINGS
 
 from gradproj.__main__ import main
 from gradproj.corpus.index_file import load_index
-from gradproj.storage.listing import write_object
+from gradproj.storage.object_path import object_at
 from gradproj.store.texts import RecordedTexts
 
 SECRET = "SecretKeyOfTheTests"
@@ -60,14 +60,14 @@ def test_two_ranks_from_a_bucket_give_the_rows_of_the_disk(
     job, bucket, s3_server, tmp_path, capsys
 ):
     for tar in job.corpus.glob("*.tar"):
-        write_object(bucket / "tars" / tar.name, tar)
+        object_at(bucket / "tars" / tar.name).put([tar.read_bytes()])
     settings = {"shards": f"{bucket}/tars", "model": job.model, "output_dir": tmp_path / "out"}
     code, errors = run(s3_server.environment, ranks=2, **settings)
     assert code == 0, errors
     assert_same_bits(tmp_path / "out", job.output)
     index = load_index(tmp_path / "out" / "corpus.json")
     assert str(index.tars[0].path).startswith(f"{bucket}/tars/")
-    secret = s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode()
+    secret = s3_server.environment.get("AWS_SECRET_ACCESS_KEY", "").encode()
     if len(secret) > 8:  # that of another server may be in any file
         assert not any(secret in content for content in files_of(tmp_path / "out"))
     # What reads documents later reads them from there.
@@ -76,7 +76,7 @@ def test_two_ranks_from_a_bucket_give_the_rows_of_the_disk(
     capsys.readouterr()
     # The job goes on after the tars were written again, if they are indexed again.
     for tar in job.corpus.glob("*.tar"):
-        write_object(bucket / "tars" / tar.name, tar)
+        object_at(bucket / "tars" / tar.name).put([tar.read_bytes()])
     assert run(s3_server.environment, **settings)[0] == 0
 
 
@@ -110,26 +110,28 @@ def test_a_bucket_that_cannot_be_read_is_one_line(answer, words, site, from_site
     assert SECRET not in errors[0]
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        ((400, b"<Error><Code>ExpiredToken</Code></Error>"), "the credentials have expired"),
-        ((412, b""), ".tar: changed since it was indexed: its etag or size is not"),
-        ((404, b""), ".tar: changed since it was indexed: it does not exist any more"),
-    ],
-)
+GONE = [
+    ((400, b"<Error><Code>ExpiredToken</Code></Error>"), "the credentials have expired"),
+    ((412, b""), ".tar: changed since it was indexed: its etag or size is not"),
+    ((404, b""), ".tar: changed since it was indexed: it does not exist any more"),
+]
+
+
 def test_a_job_that_its_tars_leave_in_mid_run_ends_with_one_line_and_goes_on_later(
-    answer, words, site, from_site, job, tmp_path
+    site, from_site, job, tmp_path
 ):
     # Before it: two small files that may lie beside the tars, the index, 4 places, 2 units.
-    site.faults.extend([None] * (2 + len(site.files) + 4 + 2) + [answer])
-    code, errors = from_site()
-    assert code == 2
-    said = [line for line in errors if line.startswith("gradproj: ")]
-    assert len(said) == 1, errors
-    assert words in said[0]
-    failure = json.loads((tmp_path / "out" / "failed.json").read_text())
-    assert words in json.dumps(failure)
-    site.faults.clear()
+    n_gets = 2 + len(site.files) + 4 + 2
+    for answer, words in GONE:
+        site.faults.extend([None] * n_gets + [answer])
+        code, errors = from_site()
+        assert code == 2
+        said = [line for line in errors if line.startswith("gradproj: ")]
+        assert len(said) == 1, errors
+        assert words in said[0]
+        failure = json.loads((tmp_path / "out" / "failed.json").read_text())
+        assert words in json.dumps(failure)
+        site.faults.clear()
+        n_gets = 1 + 1  # later starts ask for the first file and for units
     assert from_site()[0] == 0
     assert_same_bits(tmp_path / "out", job.output)

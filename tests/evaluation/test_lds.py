@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.buckets import copy_into
 from helpers.corpora import make_corpus, mixed_documents, words
 from helpers.jobs import ENVIRONMENT
 from helpers.models import make_model, make_tokenizer
@@ -42,6 +43,7 @@ from gradproj.evaluation.lds import (
 from gradproj.evaluation.losses import load, query_losses
 from gradproj.evaluation.methods import names_of
 from gradproj.evaluation.retraining import train_config
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 
 SMALL = {
@@ -371,12 +373,23 @@ def test_query_rows_of_a_store_that_was_made_again_are_computed_again(data, tmp_
     assert [float(x[0, 0]) for x in rows] == [1, 1, 2]
 
 
-def test_store_gives_the_tars_model_and_tokenizer_that_are_not_given(job, tmp_path):
-    config = LdsConfig(store=str(job.output), output_dir=str(tmp_path))
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_store_gives_the_tars_model_and_tokenizer_that_are_not_given(job, tmp_path, place, request):
+    output, corpus = job.output, str(job.corpus)
+    if place == "bucket":
+        bucket = path_of(str(request.getfixturevalue("bucket")))
+        corpus = str(copy_into(job.corpus, bucket / "tars"))
+        output = copy_into(output, bucket / "out")
+        recorded = output / "run_config.json"
+        recorded.put([recorded.read_bytes().replace(str(job.corpus).encode(), corpus.encode())])
+    settings = SMALL | {"max_length": 8, "n_documents": 2, "n_queries": 1, "leave_out": 0}
+    settings |= {"n_near_copies": 0}
+    config = LdsConfig(store=str(output), output_dir=str(tmp_path), **settings)
     found, given = with_store(config), with_store(replace(config, shards="others"))
-    assert (found.shards, found.model) == (str(job.corpus), str(job.model))
+    assert (found.shards, found.model) == (corpus, str(job.model))
     assert (given.shards, given.model) == ("others", str(job.model))
     assert found.identity() == replace(found, store="elsewhere").identity()
+    assert len(make_experiment(found).documents) == 2
 
 
 def test_first_halves_do_not_depend_on_their_number(data, tmp_path):

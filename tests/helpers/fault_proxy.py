@@ -24,7 +24,7 @@ RATES = {
     "500_after": 0.01,
     "503": 0.01,
     "429": 0.01,
-    "409": 0.01,
+    "409": 0.05,
     "stall": 0.01,
     "cut": 0.02,
 }
@@ -47,14 +47,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.choose(self.command, "If-None-Match" in self.headers)
+        is_conditional = "If-None-Match" in self.headers or "If-Match" in self.headers
+        fault = self.server.choose(self.command, self.command == "PUT" and is_conditional)
         if self.server.refusal:
             return self._answer(403, self.server.refusal)
         if fault == "reset":
             return self._hang_up(reset=True)
         if fault in CODES:
             return self._answer(int(fault), CODES[fault])
-        response, content = self._forward(body)
+        with self.server.at_work():
+            response, content = self._forward(body)
         if fault == "stall":
             time.sleep(STALL_S)
         if fault == "lost_after":
@@ -122,6 +124,7 @@ class _Server(socketserver.ThreadingTCPServer):
         """Error code with which every request is refused (403), if it is set."""
         self.met: Counter[str] = Counter()
         """Requests by what they met."""
+        self._n_at_work = 0
         self._random, self._rates, self._lock = random.Random(seed), rates, threading.Lock()
 
     def choose(self, method: str, is_conditional: bool) -> str:
@@ -136,6 +139,22 @@ class _Server(socketserver.ThreadingTCPServer):
                 fault = "nothing"
             self.met[fault] += 1
             return fault
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count a request that the target has not answered yet."""
+        with self._lock:
+            self._n_at_work += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_at_work -= 1
+
+    def wait_until_idle(self) -> None:
+        """Return when no request is under way, of clients that live or were killed."""
+        while self._n_at_work:
+            time.sleep(0.01)
 
     def handle_error(self, *_: object) -> None:
         """Say nothing: clients are killed in the middle of requests."""

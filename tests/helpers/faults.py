@@ -19,7 +19,7 @@ from gradproj.coordinator.merge import finish
 from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import UnitQueue, UnitRows
-from gradproj.files import file_sum
+from gradproj.storage.contents import sum_of
 from gradproj.store.layout import (
     FOLDERS,
     STATUS,
@@ -126,7 +126,7 @@ def inconsistent_units(output: Path, layout: Any) -> list[str]:
     problems = []
     for unit in list_records(output / "units").tolist():
         record = read_record(output / record_name(unit))
-        if record.shard != file_sum(output / layout.shard_name(unit)):
+        if record.shard != sum_of(output / layout.shard_name(unit)):
             problems.append(f"unit {unit}: the shard is not its record's")
         if len(set(record.columns["loss"].tolist())) != 1:
             problems.append(f"unit {unit}: rows of several writers")

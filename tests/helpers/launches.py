@@ -76,6 +76,6 @@ class Launch:
 
 def arrays_in_bucket(output: ObjectPath) -> dict[str, bytes]:
     """Return the bytes of every array, read by plain zarr from the bucket."""
-    store, key = open_bucket((output / "projections.zarr").address)
+    store, key = open_bucket(output / "projections.zarr")
     group = zarr.open_group(zarr.storage.ObjectStore(store, read_only=True), path=key, mode="r")
     return {name: np.ascontiguousarray(array[...]).tobytes() for name, array in group.arrays()}

@@ -6,7 +6,7 @@ threads, and every interleaving can be visited, each state once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from types import SimpleNamespace
@@ -48,7 +48,8 @@ def apply(objects: Objects, request: Request) -> tuple[Objects, Any]:
     if operation == "delete":
         return {name: data for name, data in objects.items() if name != key}, "done"
     if operation == "list":
-        return objects, tuple(sorted(name for name in objects if name.startswith(key)))
+        found = ((name, len(data)) for name, data in objects.items() if name.startswith(key))
+        return objects, tuple(sorted(found))
     return objects, "missing" if content is None else content
 
 
@@ -93,15 +94,17 @@ class ReplayedStore:
         self._ask("delete", key)
 
     def list(self, prefix: str | None = None, chunk_size: int = 50) -> Iterator[Any]:
-        yield [{"path": name} for name in self._ask("list", prefix or "")]
+        yield [{"path": name, "size": size} for name, size in self._ask("list", prefix or "")]
 
     def list_with_delimiter(self, prefix: str | None = None) -> dict[str, Any]:
         start = prefix or ""
-        names = [name.removeprefix(start) for name in self._ask("list", start)]
-        folders = {name.partition("/")[0] for name in names if "/" in name}
+        found = [(name.removeprefix(start), size) for name, size in self._ask("list", start)]
+        folders = {name.partition("/")[0] for name, _ in found if "/" in name}
         return {
             "common_prefixes": sorted(start + folder for folder in folders),
-            "objects": [{"path": start + name} for name in names if "/" not in name],
+            "objects": [
+                {"path": start + name, "size": size} for name, size in found if "/" not in name
+            ],
         }
 
 
@@ -112,7 +115,7 @@ def _meta(key: str, content: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def retry_at_once(action: Callable[[], Any]) -> Any:
+def retry_at_once(action: Callable[[], Any], *_: object) -> Any:
     """Repeat what ``retried`` repeats, without its pauses."""
     while True:
         try:
@@ -129,19 +132,21 @@ class State:
     objects: tuple[tuple[str, bytes], ...]
     replies: tuple[tuple[Any, ...], ...]
     n_lost: int = 0
+    late: tuple[Request, ...] = ()
+    """Requests whose replies were lost, and that are still under way."""
     last: int = -1
     n_switches: int = 0
 
     def moved(self, number: int, objects: Objects, reply: Any) -> "State":
         replies = list(self.replies)
         replies[number] = (*replies[number], reply)
-        switched = self.last not in (-1, number)
-        return State(
-            tuple(sorted(objects.items())),
-            tuple(replies),
-            self.n_lost + (reply == LOST),
-            number,
-            self.n_switches + switched,
+        return replace(
+            self,
+            objects=tuple(sorted(objects.items())),
+            replies=tuple(replies),
+            n_lost=self.n_lost + (reply == LOST),
+            last=number,
+            n_switches=self.n_switches + (self.last not in (-1, number)),
         )
 
 
@@ -155,6 +160,8 @@ class Simulation:
         check: called with the objects of every state, after those of the state before.
         most_lost: replies that are lost in one run.
         most_switches: changes from one process to another in one run; None = any number.
+        some_late: a request whose reply was lost may also be carried out at any later time.
+        restart: a process that starts in any state in which all others are dead.
     """
 
     programs: Sequence[Program]
@@ -162,6 +169,8 @@ class Simulation:
     check: Callable[[Objects, Objects], None]
     most_lost: int = 1
     most_switches: int | None = None
+    some_late: bool = False
+    restart: Program | None = None
     n_states: int = 0
     ends: list[tuple[Objects, list[Any]]] = field(default_factory=list)
     """Objects and results of every run in which all processes ended."""
@@ -173,7 +182,8 @@ class Simulation:
         if key not in self._steps:
             output = ObjectPath(ReplayedStore(replies), Address("s3", "model", "out"))
             try:
-                self._steps[key] = "returns", self.programs[number](output)
+                program = self.programs[number] if number >= 0 else self.restart
+                self._steps[key] = "returns", program(output)
             except Asks as asks:
                 self._steps[key] = "asks", asks.args[0]
         return self._steps[key]
@@ -182,25 +192,30 @@ class Simulation:
         """Visit every state. A process that is not stepped any more is one that was killed.
 
         ``solo`` is called with what a process leaves and returns that alone goes on from a state,
-        all others being dead.
+        all others being dead; of the one that restarts, the result is a tuple of one.
         """
         monkeypatch.setattr(stored_object, "retried", retry_at_once)
         first = State(tuple(sorted(self.objects.items())), ((),) * len(self.programs))
-        stack, seen = [first], {first}
+        stack, seen, restarted = [first], {first}, set()
         while stack:
             state = stack.pop()
             self.n_states += 1
+            if self.restart is not None and state.objects not in restarted:
+                restarted.add(state.objects)
+                objects, result = self._alone(dict(state.objects), -1, ())
+                solo(objects, (result,))
             nexts = [self.step(i, replies) for i, replies in enumerate(state.replies)]
             if all(kind == "returns" for kind, _ in nexts):
                 self.ends.append((dict(state.objects), [result for _, result in nexts]))
+            successors = list(self._late_successors(state))
             for number, (kind, request) in enumerate(nexts):
-                if kind == "returns":
-                    continue
-                solo(*self._alone(state, number))
-                for after in self._successors(state, number, request):
-                    if after not in seen and not self._switches_too_often(after):
-                        seen.add(after)
-                        stack.append(after)
+                if kind == "asks":
+                    solo(*self._alone(dict(state.objects), number, state.replies[number]))
+                    successors += self._successors(state, number, request)
+            for after in successors:
+                if after not in seen and not self._switches_too_often(after):
+                    seen.add(after)
+                    stack.append(after)
         return self
 
     def _switches_too_often(self, state: State) -> bool:
@@ -213,13 +228,25 @@ class Simulation:
         moved = [state.moved(number, after, reply)]
         if request[0] == "put" and state.n_lost < self.most_lost:
             moved.append(state.moved(number, after, LOST))
+            if self.some_late:
+                later = state.moved(number, before, LOST)
+                moved.append(replace(later, late=(*later.late, request)))
         for one in moved:
             if self.most_switches is None:  # then they do not tell two states apart
-                one = State(one.objects, one.replies, one.n_lost)
+                one = replace(one, last=-1, n_switches=0)
             yield one
 
-    def _alone(self, state: State, number: int) -> tuple[Objects, Any]:
-        objects, replies = dict(state.objects), state.replies[number]
+    def _late_successors(self, state: State) -> Iterator[State]:
+        for number, request in enumerate(state.late):
+            before = dict(state.objects)
+            after, _ = apply(before, request)
+            self.check(before, after)
+            left = (*state.late[:number], *state.late[number + 1 :])
+            yield replace(state, objects=tuple(sorted(after.items())), late=left)
+
+    def _alone(
+        self, objects: Objects, number: int, replies: tuple[Any, ...]
+    ) -> tuple[Objects, Any]:
         for _ in range(500):
             kind, value = self.step(number, replies)
             if kind == "returns":

@@ -278,9 +278,17 @@ def test_file_as_output_is_rejected(refused, tmp_path):
 
 
 def test_full_disk_is_rejected_before_anything_is_written(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradproj.job.plan.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("gradproj.job.sizes.free_bytes", lambda path: 1000)
     assert "are still needed and 1.0 kB are free" in refused()
     assert not (tmp_path / "out").exists()
+
+
+def test_units_that_no_bucket_takes_are_rejected(refused, monkeypatch):
+    monkeypatch.setattr("gradproj.job.sizes.in_bucket", lambda path: True)
+    monkeypatch.setattr("gradproj.job.sizes.MAX_PUT_BYTES", 10_000)
+    message = refused(rows_per_shard=64, proj_rank_total=24, proj_rank_min=3)
+    assert "--rows_per_shard 64: a unit's rows are one object of" in message
+    assert "Give --rows_per_shard 8 or fewer" in message
 
 
 def test_domains_of_a_mixed_corpus_require_allow_sparse(refused, files, tmp_path):

@@ -12,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from gradproj.cli.index import IndexConfig
 from gradproj.cli.query.config import QueryConfig
+from gradproj.cli.slurm import SlurmConfig
 from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.flags import parse
 from gradproj.job.config import run_config
@@ -28,6 +29,7 @@ CHECKS = {
     "query": lambda argv: parse(argv, "query", QueryConfig),
     "status": lambda argv: parse(argv, "status", StatusConfig),
     "index": lambda argv: parse(argv, "index", IndexConfig),
+    "slurm": lambda argv: parse(argv, "slurm", SlurmConfig),
     "plan": lambda argv: run_config(argv, "plan"),
     "run": lambda argv: run_config(argv, "run"),
 }
@@ -39,9 +41,9 @@ JOB_FLAGS = "--shards tars --model dir --output_dir out"
 def commands_in(path):
     """Return ``(command, its words)`` of every call of gradproj, with variables filled in."""
     text = re.sub(r"^\s*#.*$", "", path.read_text(), flags=re.M).replace("\\\n", " ")
-    calls = re.findall(r"-m gradproj(?: |\.)(\w+)([^\n|;&>]*)", text)
+    calls = re.findall(r"-m gradproj(?: |\.)(\w+)([^\n|;&>)]*)", text)
     return [
-        (name, shlex.split(filled(words, "" if name == "index" else JOB_FLAGS)))
+        (name, shlex.split(filled(words, "" if name in ("index", "slurm") else JOB_FLAGS)))
         for name, words in calls
         if name in CHECKS
     ]
@@ -74,7 +76,7 @@ def test_no_script_names_a_path_of_one_machine(path):
         ("launch/common.sh", ["plan"]),
         ("launch/one_node.sh", ["run"]),
         ("launch/multi_node.sh", ["run"]),
-        ("slurm/common.sh", ["run", "status", "plan"]),
+        ("slurm/common.sh", ["run", "slurm", "plan"]),
         ("slurm/index_pile.sbatch", ["index"]),
     ],
 )
@@ -143,6 +145,19 @@ def test_foreign_environment_is_used_and_not_changed(tmp_path):
     assert done.returncode == 2
     assert "was not made by this script, and gradproj cannot be imported in it" in done.stderr
     assert (lacking / "bin/python").exists()
+
+
+def test_the_environment_of_another_checkout_is_not_changed(tmp_path):
+    maker = tmp_path / "their checkout"
+    (maker / "launch").mkdir(parents=True)
+    (maker / "launch/setup.sh").touch()
+    ours = f"3.11.7 in {maker}\n1 2\nextra dev\n"
+    venv = fake_venv(tmp_path / "venv", ours=ours)
+    done = run_bash(ROOT / "launch/setup.sh", GRADPROJ_VENV=venv)
+    assert done.returncode == 2
+    assert f"{venv} was made by the checkout {maker}: name another folder" in done.stderr
+    assert (venv / "made-by-gradproj-launch").read_text() == ours
+    assert (venv / "bin/python").exists()
 
 
 def test_set_up_runs_again_only_after_a_change(tmp_path):
@@ -256,6 +271,8 @@ def test_oldest_versions_are_the_lower_bounds_of_the_project():
     bounds = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=(\S+)$", "\n".join(required), re.M))
     text = (ROOT / "launch/oldest.txt").read_text()
     oldest = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.M))
+    # pip would try every boto3, which moto needs, until one goes with this botocore.
+    assert oldest.pop("boto3") == oldest["botocore"]
     # Tools of lint and types do not run there, and kronfluence is not in the tests' extra.
     assert oldest.keys() == bounds.keys() - {"mypy", "ruff", "kronfluence"}
     for name, version in oldest.items():

@@ -80,7 +80,7 @@ def test_still_heartbeat_is_stale_only_after_stale_after_s(far, monkeypatch):
 @pytest.fixture
 def short_watch(monkeypatch):
     """Make watching for 0.2 s count like 10 s."""
-    monkeypatch.setattr("gradproj.maintenance.liveness.SILENT_AFTER_S", 0.2)
+    monkeypatch.setattr("gradproj.maintenance.liveness.SILENT_BEATS", 0.04)
 
 
 @pytest.mark.parametrize("has_heartbeat", [True, False])

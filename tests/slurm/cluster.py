@@ -99,11 +99,20 @@ class Cluster:
     def __init__(self, root: Path) -> None:
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
 
-    def __call__(self, *words: object, check: bool = True, cwd: Path | None = None) -> str:
-        """Run one of Slurm's commands and return both its output streams."""
+    def __call__(
+        self,
+        *words: object,
+        check: bool = True,
+        cwd: Path | None = None,
+        secret: dict[str, str] | None = None,
+    ) -> str:
+        """Run one of Slurm's commands and return both its output streams.
+
+        ``secret``: variables of its environment.
+        """
         done = subprocess.run(
             [str(w) for w in words],
-            env=self.environment,
+            env={**self.environment, **(secret or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -13,11 +14,15 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, processes_with, wait_until
 from conftest import BATCHES_A_START, N_SAMPLES, ROWS_PER_UNIT, SETTINGS
+from helpers.buckets import copy_into
 from helpers.gate import Gate
-from helpers.jobs import assert_same_bits, flags
+from helpers.jobs import arrays_of, assert_same_bits, flags
+from helpers.launches import arrays_in_bucket
 from helpers.shell import ROOT
 
+from gradproj.__main__ import main
 from gradproj.coordinator.heartbeats import read_heartbeats
+from gradproj.storage.object_path import path_of
 
 pytestmark = pytest.mark.slurm
 
@@ -51,10 +56,8 @@ class Submitted:
     """Number of ranks of each."""
     gate: Gate
     """Holds its ranks until the test has done what it does to a running job."""
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "out"
+    output: Path
+    """A folder, or an address in a bucket."""
 
     def log(self, element: str) -> str:
         path = self.folder / f"gradproj-{element}.log"
@@ -84,6 +87,15 @@ class Submitted:
                 lambda e=element: self._ranks_at_gate(e) == self.ranks,
             )
 
+    def wait_for_gate(self, starts: int) -> None:
+        """Return when all ranks have come to the gate in each of so many starts of this job."""
+        # In a bucket heartbeats come once a minute. The gate's folder is the test's, on this disk.
+        came = f"*.{BATCHES_A_START}"
+        self._wait(
+            f"{self.ranks} ranks at the gate in start {starts}",
+            lambda: len(list(self.gate.folder.glob(came))) >= starts * self.ranks,
+        )
+
     def _ranks_at_gate(self, element: str) -> int:
         start = (f"slurm-{element}", self.cluster.restarts(element))
         return sum(
@@ -105,8 +117,22 @@ class Submitted:
         wait_until(f"{what} (job {self.number})", holds, LONG_S, self.logs)
 
 
-def submit(cluster, inputs, folder, file, option, ranks=1, wrong=None, shards=None, **environment):
-    """Submit a batch file unchanged, with settings in the environment; ``wrong`` adds flags."""
+def submit(
+    cluster,
+    inputs,
+    folder,
+    file,
+    option,
+    ranks=1,
+    wrong=None,
+    shards=None,
+    secret=None,
+    **environment,
+):
+    """Submit a batch file unchanged, with settings in the environment; ``wrong`` adds flags.
+
+    ``secret`` is what only the environment of ``sbatch`` holds: its command line has the names.
+    """
     folder.mkdir()
     gate = Gate(folder / "gate", BATCHES_A_START)
     environment = {
@@ -123,7 +149,7 @@ def submit(cluster, inputs, folder, file, option, ranks=1, wrong=None, shards=No
         "PYTHONPATH": gate.python_path,
         **environment,
     }
-    exported = ",".join(f"{name}={value}" for name, value in environment.items())
+    exported = ",".join([*(f"{k}={v}" for k, v in environment.items()), *(secret or {})])
     number = cluster(
         "sbatch",
         "--parsable",
@@ -133,13 +159,15 @@ def submit(cluster, inputs, folder, file, option, ranks=1, wrong=None, shards=No
         ROOT / "slurm" / file,
         *flags(**{**SETTINGS, **(wrong or {})}),
         cwd=ROOT,
+        secret=secret,
     )
     name, _, value = option.partition("=")
     if name == "--array":
         elements, nodes = [f"{number}_{i}" for i in range(1 + int(value.rpartition("-")[2]))], 1
     else:
         elements, nodes = [number], int(value)
-    return Submitted(cluster, folder, number, elements, nodes * ranks, gate)
+    output = path_of(environment["OUTPUT_DIR"])
+    return Submitted(cluster, folder, number, elements, nodes * ranks, gate, output)
 
 
 def disturb_job(job):
@@ -200,6 +228,35 @@ def test_job_stopped_preempted_requeued_and_losing_a_node_gives_the_same_bits(
         assert starts == list(range(1, cluster.restarts(element) + 2)), job.log(element)
     assert "told to stop (USR1): saving" in job.logs()
     assert "complete" in job.log(job.elements[-1]).splitlines()[-1]
+
+
+def test_job_without_a_shared_disk_goes_on_after_a_crash_and_a_drain(
+    cluster, inputs, tmp_path, bucket, s3_server
+):
+    """Tars and output lie in a bucket. The ranks are killed (-9); then the script gets USR1."""
+    copy_into(inputs.shards, path_of(f"{bucket}/tars"))
+    job = submit(
+        cluster, inputs, tmp_path / "job", JOB, ON_TWO_NODES[JOB], secret=s3_server.environment,
+        shards=f"{bucket}/tars", OUTPUT_DIR=f"{bucket}/out", RESTARTS=0,
+    )  # fmt: skip
+    (number,) = job.elements
+    job.wait_for_gate(1)
+    ranks = [line for line in processes_with(str(job.output)) if " -u -m gradproj.run" in line]
+    assert len(ranks) == 2, ranks
+    for line in ranks:
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    job.wait_for_restarts(1)
+    assert "not complete, with new units in this start: queued again" in job.log(number)
+    job.wait_for_gate(2)
+    cluster("scancel", "--batch", "--signal=USR1", number)
+    job.wait_for_restarts(2)
+    job.gate.open()
+    assert job.wait_for_end() == ["COMPLETED"], job.logs()
+    assert arrays_in_bucket(job.output) == arrays_of(inputs.want)
+    assert main(["verify", str(job.output)]) == 0
+    assert job.log(number).splitlines()[-1].endswith("complete")
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in job.log(number)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith("s3:")) == []
 
 
 def test_user_error_ends_the_job_with_one_line_and_no_requeue(cluster, inputs, tmp_path):

@@ -13,9 +13,11 @@ import pytest
 from helpers.http_files import http_files
 
 from gradproj.errors import ConfigError, CorpusError, StoreError
+from gradproj.storage import retry
 from gradproj.storage.address import Address
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.failures import explained, reason_of
+from gradproj.storage.object_path import object_at
 from gradproj.storage.retry import RetryPolicy, retried
 from gradproj.storage.stored_object import StoredObject
 
@@ -46,7 +48,7 @@ def test_an_object_comes_back_and_conditions_are_enforced(bucket):
 
 
 def test_a_missing_bucket_is_told_from_a_missing_object(bucket):
-    store, _ = open_bucket(Address("s3", "there-is-no-such-bucket"))
+    store, _ = open_bucket(Address(bucket.scheme, "there-is-no-such-bucket"))
     assert fault_of(lambda: obstore.get(store, "x")) == "no bucket"
     assert fault_of(lambda: obstore.list(store).collect()) == "no bucket"
 
@@ -154,8 +156,11 @@ def test_retries_end_at_the_deadline_and_other_errors_end_them_at_once():
 
     def run(text, n):
         calls.clear()
-        return retried(lambda: fails(text, n), FAST, sleep=slept.append)
+        return retried(lambda: fails(text, n), Address("s3", "b"), FAST, sleep=slept.append)
 
+    provider = "External AWS credential provider: "
+    assert reason_of(Conflict(provider + "UnauthorizedSSOTokenError: secret")) == "expired"
+    assert reason_of(Conflict(provider + "ConnectTimeoutError: x")) == "unavailable"
     assert reason_of(Conflict("performing token request: status code: 403")) == "credentials"
     assert run("status code: 409 Conflict", 3) == "done"
     assert len(slept) == 3
@@ -169,6 +174,8 @@ def test_retries_end_at_the_deadline_and_other_errors_end_them_at_once():
 
 
 def test_a_profile_of_the_credentials_file_opens_a_bucket(bucket, s3_server, tmp_path, monkeypatch):
+    if bucket.scheme != "s3":
+        pytest.skip("profiles are Amazon's")
     env = s3_server.environment
     (tmp_path / "credentials").write_text(
         f"[other]\naws_access_key_id = {env['AWS_ACCESS_KEY_ID']}\n"
@@ -216,14 +223,43 @@ def test_buckets_of_google_and_azure_open_with_what_names_them(anonymous, monkey
         open_bucket(google, anonymous=anonymous)
 
 
-def test_a_store_that_cannot_be_reached_is_one_line(monkeypatch):
+@pytest.fixture
+def unreachable(monkeypatch):
+    """Addresses whose servers are not there: nobody listens, or there is no such host."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    address = Address("s3", "bucket", "x")
-    store, key = open_bucket(address, policy=FAST)
-    with pytest.raises(StoreError, match="cannot be reached"), explained(address):
-        obstore.get(store, key)
+    monkeypatch.setattr(retry, "_SEEN", retry._Seen())
+    return [Address("s3", "bucket", "x"), Address("http", "no-such-host.invalid", "x")]
+
+
+def test_a_store_that_no_request_has_reached_is_given_up_soon(unreachable, monkeypatch, capsys):
+    monkeypatch.setattr(retry, "FIRST_S", 0.2)
+    for address in unreachable:
+        with pytest.raises(StoreError, match=r"cannot be reached \(no connection\)") as error:
+            object_at(address, StoreError).read_bytes()
+        assert str(error.value).startswith(f"{address}: ")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_later_outage_is_waited_for_and_told_once(unreachable, monkeypatch, capsys):
+    monkeypatch.setattr(retry, "NOTICE_S", 0.0)
+
+    def asks(n_failures):
+        left = [ConnectionError()] * n_failures
+        return retried(
+            lambda: left and (_ for _ in ()).throw(left.pop()),
+            unreachable[0],
+            meaning=lambda error: "unreachable",
+            sleep=lambda seconds: None,
+        )
+
+    asks(0)
+    for n_outages in (1, 2):
+        asks(20)
+        err = capsys.readouterr().err
+        assert err.startswith("gradproj: s3://bucket cannot be reached, or is too busy; waiting")
+        assert (err.count("\n"), n_outages) == (1, n_outages)
 
 
 def test_without_obstore_the_command_that_installs_it_is_named(monkeypatch):

@@ -1,6 +1,7 @@
 """Reading a store in a bucket: rows as from a disk, and what is asked of the bucket."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from obstore.exceptions import PermissionDeniedError
 from gradproj.__main__ import main
 from gradproj.errors import StoreError
 from gradproj.storage.byte_ranges import RangeCache, joined
-from gradproj.store import ProjectionStore, shard_reader
-from gradproj.store.layout import StoreLayout
+from gradproj.store import ProjectionStore
+from gradproj.store.layout import StoreConfig, StoreLayout, plan_layout
 
 CASES = [
     "float16", "zstd bfloat16", "whole rows in a chunk", "several chunks a layer",
@@ -154,14 +155,54 @@ def test_a_shard_that_changes_during_a_scan_is_an_error_with_its_name(counted, c
         list(store.scan())
 
 
-def test_a_refused_read_of_compressed_rows_is_one_line(tmp_path, monkeypatch):
-    output = READER_CASES["zstd bfloat16"](tmp_path)
-    store = ProjectionStore(copy_into(output.path, memory_path("out")))
+def compressed_store(output):
+    """Return the output's store as one in a bucket, and its counted requests."""
+    place = copy_into(output.path, memory_path("out"))
+    place.store = requests = CountedStore(place.store)
+    store = ProjectionStore(place)
+    store.column("row_scale")
+    requests.clear()
+    return store, requests
 
-    def refuse(path):
+
+@pytest.mark.parametrize("compressor", ["zstd", "blosc"])
+def test_compressed_chunks_are_asked_for_ahead_and_once(tmp_path, monkeypatch, compressor):
+    config = StoreConfig(encoding="dense", compressor=compressor, rows_per_shard=64)
+    layout = replace(plan_layout(256, [256] * 2, 8, config), chunk_rows=32)
+    output = Output(tmp_path, n_samples=256, widths=((16, 16),) * 2, layout=layout)
+    store, requests = compressed_store(output.fill())
+    sizes = [(output.path / layout.shard_name(unit)).stat().st_size for unit in range(4)]
+    keys, all_there = [], threading.Event()
+
+    def wait(key):
+        """Answer no chunk before all were asked for; the first request of a shard is its index."""
+        keys.append(key)
+        if len(keys) == 4 + 8:  # a request a band
+            all_there.set()
+        assert keys.count(key) == 1 or all_there.wait(60)
+
+    requests.before_get = wait
+    for ids, rows in store.scan(16):
+        np.testing.assert_array_equal(rows, output.decoded()[ids])
+    assert requests.n_requests == 4 + 8
+    assert requests.n_bytes == sum(sizes)
+    requests.clear()
+    layer = [rows for _, rows in store.scan(layers=["h.1.mlp"])]
+    np.testing.assert_array_equal(np.concatenate(layer), output.decoded()[:, 256:])
+    assert requests.n_requests == 8
+    assert requests.n_bytes < 0.6 * sum(sizes)
+    requests.clear()
+    np.testing.assert_array_equal(store.rows([3, 200, 5]), output.decoded()[[3, 200, 5]])
+    assert requests.n_requests == 2
+
+
+def test_a_refused_read_of_compressed_rows_is_one_line(tmp_path):
+    store, requests = compressed_store(READER_CASES["zstd bfloat16"](tmp_path))
+
+    def refuse(key):
         raise PermissionDeniedError("status code: 400 <Code>ExpiredToken</Code>\nsecret")
 
-    monkeypatch.setattr(shard_reader, "open_array", refuse)
+    requests.before_get = refuse
     with pytest.raises(StoreError, match="the credentials have expired") as error:
         store.rows([0])
     assert "secret" not in str(error.value)
@@ -194,7 +235,7 @@ def test_a_failed_request_is_made_again_by_the_next_reader():
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("s3://there-is-none/out", "no such bucket"),
+        ("SCHEME://there-is-none/out", "no such bucket"),
         ("BUCKET/out", "there is no store at"),
         ("https://example.org/out", "outputs lie on disk or in a bucket"),
         ("s3://user:secret@bucket/out", "credentials do not belong in an address"),
@@ -202,7 +243,7 @@ def test_a_failed_request_is_made_again_by_the_next_reader():
 )
 def test_a_store_that_is_not_there_is_one_line(bucket, capsys, place, message):
     for command in (["status"], ["query", "--text", "x"], ["verify"]):
-        place = place.replace("BUCKET", str(bucket))
+        place = place.replace("BUCKET", str(bucket)).replace("SCHEME", bucket.scheme)
         assert main([command[0], place, *command[1:]]) == 2
         printed = capsys.readouterr()
         assert message in printed.err

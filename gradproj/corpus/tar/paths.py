@@ -8,10 +8,12 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from gradproj.errors import ConfigError, CorpusError
-from gradproj.flags.paths import local_path
+from gradproj.flags.paths import local_path, without_secret
 from gradproj.storage import hub
 from gradproj.storage.address import Address, Location, is_remote
-from gradproj.storage.listing import glob_objects, has_magic, list_folder, read_object
+from gradproj.storage.folders import read_or_none
+from gradproj.storage.listing import glob_objects, has_magic, list_folder
+from gradproj.storage.object_path import opened
 
 INDEX_NAME = "corpus.json"
 """The corpus index: beside the tars, and in an output directory."""
@@ -42,7 +44,7 @@ def list_tars(shards: str, flag: str = "--shards", anonymous: bool = False) -> l
         CorpusError: nothing matches; a tar is missing, named twice, compressed or a pipe. Whether a
             remote tar exists is not asked unless it is listed.
     """
-    given = f"{flag} {shards}"
+    given = f"{flag} {without_secret(shards)}"
     remote = _Remote(given, anonymous)
     expanded = remote.expand(shards) if is_remote(shards) else _expand(shards, given, remote)
     paths = [p if isinstance(p, Address) else Path(os.path.abspath(p)) for p in expanded]
@@ -133,7 +135,7 @@ def _of_list_file(path: Path, given: str, remote: "_Remote") -> list[str | Addre
         if is_remote(entry):
             found += remote.expand(entry)
         else:
-            local = _local(entry, f"{given}: {entry}")
+            local = _local(entry, f"{given}: {without_secret(entry)}")
             found.append(str(path.parent / Path(local).expanduser()))
     return found
 
@@ -205,7 +207,7 @@ class _Remote:
         return tars
 
     def _of_list_file(self, address: Address) -> list[Address]:
-        content = read_object(address)
+        content = read_or_none(opened(address))
         if content is None:
             raise CorpusError(f"{self._given}: the list file {address} does not exist")
         found: list[Address] = []

@@ -11,7 +11,8 @@ from gradproj.errors import CorpusError
 from gradproj.storage.address import Address, Location
 from gradproj.storage.cache import FileCache
 from gradproj.storage.facts import ObjectFacts, differences
-from gradproj.storage.listing import all_facts, is_writable, read_object
+from gradproj.storage.listing import all_facts
+from gradproj.storage.object_path import object_at
 from gradproj.storage.stream import NoRanges, ObjectChanged, ObjectStream
 
 _AGAIN = (
@@ -110,15 +111,8 @@ def open_tar(tar: IndexedTar, start: int, stop: int, cache: FileCache | None) ->
 def check_all_finished(places: Iterable[Location]) -> None:
     """Raise ``CorpusError`` if a bucket's folder of these tars has not all its tars yet."""
     for folder in dict.fromkeys(place.parent for place in places):
-        if isinstance(folder, Address) and is_writable(folder):
-            check_finished(folder, read_object(folder / UNFINISHED_NAME) is not None)
-
-
-def read_beside(path: Location) -> bytes | None:
-    """Return a small file that may lie beside tars; None if there is none."""
-    if isinstance(path, Address):
-        return read_object(path)
-    return path.read_bytes() if path.is_file() else None
+        if isinstance(folder, Address) and folder.is_writable:
+            check_finished(folder, object_at(folder / UNFINISHED_NAME).is_file())
 
 
 @contextmanager

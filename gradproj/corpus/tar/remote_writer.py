@@ -8,12 +8,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from gradproj.corpus.tar.paths import UNFINISHED_NAME
 from gradproj.corpus.tar.writer import describe_content, published
 from gradproj.errors import GradprojError, StoreError
 from gradproj.storage.address import Address, is_remote
-from gradproj.storage.listing import delete_objects, list_folder, read_object, write_object
+from gradproj.storage.contents import chunks_of
+from gradproj.storage.listing import list_folder
+from gradproj.storage.object_path import object_at
+from gradproj.storage.publish import publisher_of
 
 TarEnd = Callable[[Path], None]
 """Called with each tar that is finished."""
@@ -35,15 +39,15 @@ def tars_published(output: str) -> Iterator[tuple[Path, TarEnd]]:
         with published(output) as work:
             yield work, lambda tar: None
         return
-    folder = Address.parse(output)
+    folder = object_at(Address.parse(output), StoreError)
     mark = folder / UNFINISHED_NAME
     _check_empty(folder)
-    _claim(mark)
+    _claim(cast(Path, mark))
     written = [mark]
 
     def put(path: Path) -> None:
         written.append(folder / path.name)
-        write_object(written[-1], path, kind=StoreError)
+        written[-1].put_in_parts(lambda: chunks_of(path))
         path.unlink()
 
     try:
@@ -53,9 +57,10 @@ def tars_published(output: str) -> Iterator[tuple[Path, TarEnd]]:
                 put(path)
     except BaseException:
         with suppress(GradprojError):
-            delete_objects(reversed(written))
+            for final in reversed(written):
+                final.delete()
         raise
-    delete_objects([mark])
+    mark.delete()
 
 
 @contextmanager
@@ -88,12 +93,11 @@ def _check_empty(folder: Address) -> None:
         raise StoreError(describe_content(given, names, "prepare"))
 
 
-def _claim(mark: Address) -> None:
+def _claim(mark: Path) -> None:
     """Write the mark, of which there is one: of two processes the second is refused."""
     who = {"host": socket.gethostname(), "pid": os.getpid(), "nonce": secrets.token_hex(8)}
     content = json.dumps(who).encode()
-    is_ours = write_object(mark, content, exclusive=True, kind=StoreError)
-    if not is_ours and read_object(mark) != content:  # equal: a reply was lost
+    if not publisher_of(mark).create(mark, [content]):
         raise StoreError(
             f"another prepare is writing to {mark.parent}; wait for it, or give --output_dir a new "
             "path"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import msgspec
 
 from gradproj.corpus.tar.scan import TarFacts
-from gradproj.files import write_and_replace
-from gradproj.storage.address import Address, Location
+from gradproj.storage.address import Location
 from gradproj.storage.facts import ObjectFacts
-from gradproj.storage.listing import delete_objects, read_object, write_object
+from gradproj.storage.folders import read_or_none
+from gradproj.storage.object_path import opened
+from gradproj.storage.publish import replace
 
 JOURNAL_SUFFIX = ".partial"
 _SAVE_EVERY_S = 20.0
@@ -56,28 +57,16 @@ class ScanJournal:
         """Keep the facts of a tar."""
         self._content.entries.append(_Entry(str(path), version, facts))
         if self._place is not None and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            data = msgspec.json.encode(self._content)
-            if isinstance(self._place, Address):
-                write_object(self._place, data)
-            else:
-                write_and_replace(self._place, [data])
+            replace(opened(self._place), [msgspec.json.encode(self._content)])
             self._saved_s, self._is_saved = time.monotonic(), True
 
     def discard(self) -> None:
         """Delete the journal; its index is written."""
-        if not self._is_saved or self._place is None:
-            return
-        if isinstance(self._place, Address):
-            delete_objects([self._place])
-        else:
-            self._place.unlink(missing_ok=True)
+        if self._is_saved and self._place is not None:
+            opened(self._place).unlink(missing_ok=True)
 
     def _load(self, domain_field: str) -> list[_Entry]:
-        place = self._place
-        if isinstance(place, Address):
-            data = read_object(place)
-        else:
-            data = place.read_bytes() if place is not None and place.is_file() else None
+        data = None if self._place is None else read_or_none(opened(self._place))
         self._is_saved = data is not None
         try:
             journal = msgspec.json.decode(data or b"", type=_Journal)
