@@ -49,9 +49,10 @@ def settled_ids(
     """Return ids of a beginning of ``text`` whose first ``n`` are proven to be those of the whole.
 
     None if they cannot be proven: the word is not long, its tokens depend on where it is cut, or a
-    border may lie within a character, as those of tokens of bytes may.
-    As everywhere here, no rule for words is taken to look ``limit`` characters ahead of a word's
-    beginning.
+    border may lie within a character, as those of tokens of bytes may. Nor if what follows may move
+    the word's beginning: rules look to the end of white space for a line feed (Llama 3's), and to
+    that of letters for small ones (GPT-4o's), and then the words before are others. A word of more
+    than white space that begins the text, or follows white space, begins there whatever follows.
 
     Args:
         encode: texts to their encodings.
@@ -60,7 +61,8 @@ def settled_ids(
         n: ids that are wanted.
         longest: of ``longest_token``.
     """
-    if not text[limit - longest : limit + 1].isascii():
+    window = text[limit - longest : limit + 1]
+    if not window.isascii() or window.isspace():
         return None
     (far,) = encode([text[: 2 * limit]])
     word = far.char_to_word(limit - longest)
@@ -68,6 +70,8 @@ def settled_ids(
         return None
     start = far.word_to_chars(word)[0]
     if limit - longest - start <= longest:  # the beginning of a word may be a word of its own
+        return None
+    if start and not any(map(str.isspace, text[start - 1 : start + 1])):
         return None
     found: list[int] | None = None
     for cut in range(limit - longest, limit + 1):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.corpora import words
 from helpers.models import make_tokenizer
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gradproj.model.long_words import longest_token, settled_ids
@@ -93,6 +93,29 @@ def test_long_words_of_models_without_merges_are_tokenized_whole(kind):
     text = "ab" * 1000
     (got,) = Tokenizing(tokenizer, "none", 4).ids([text])
     assert got.tolist() == tokenizer(text).input_ids
+
+
+LLAMA_3 = r"[^\r\n\p{L}]?\p{L}+|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT_4O = r"[\p{Lu}\p{Lo}]*[\p{Ll}\p{Lo}]+|[\p{Lu}\p{Lo}]+[\p{Ll}\p{Lo}]*"
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [(LLAMA_3, "a\n" + " " * 3000 + "\n"), (GPT_4O, "\u6f22" * 3 + "A" * 3000 + "b")],
+)
+def test_a_long_word_that_begins_earlier_because_of_its_end_is_tokenized_whole(rule, text):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ids = {piece: i for i, piece in enumerate(sorted(byte_level.alphabet()))}
+    last_byte, line_feed, blank = "\u00a2", "\u010a", "\u0120"
+    merges = [(last_byte, "A"), (line_feed, blank), (blank, blank), ("A", "A")]
+    ids |= {"".join(pair): len(ids) + i for i, pair in enumerate(merges)}
+    backend = Tokenizer(models.BPE(ids, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(rule), "isolated"), byte_level]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    (got,) = Tokenizing(tokenizer, "none", 12).ids([text])
+    assert got[:12].tolist() == tokenizer(text).input_ids[:12]
 
 
 @pytest.mark.parametrize(("every", "is_settled"), [(1, True), (7, False)])
