@@ -16,14 +16,20 @@ from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import CorpusError, DamagedFile, StoreError
 from gradproj.maintenance.job_output import Output
-from gradproj.storage.contents import sum_of
+from gradproj.storage.contents import read_start, sum_of
 from gradproj.store.array_digests import check_digests
 from gradproj.store.column_reader import read_column_chunk
 from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE
 from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import COLUMNS, METADATA_NAME, STATUS, STATUS_NAMES, column_shape
 from gradproj.store.reader import ProjectionStore
-from gradproj.store.unit_record import UnitRecord, read_record, record_name
+from gradproj.store.unit_record import (
+    GIVEN_UP_BYTES,
+    UnitRecord,
+    is_given_up,
+    read_record,
+    record_name,
+)
 
 _STORED = (STATUS["ok"], STATUS["empty"], STATUS["no_target"])
 
@@ -141,7 +147,8 @@ def _shard_problem(path: Path, recorded: dict[str, int] | None) -> tuple[str, in
     """
     exists = path.exists()
     if recorded is None:
-        return ("exists, but its record says that no row is stored" if exists else ""), 0
+        is_odd = exists and not _is_free(path)
+        return ("exists, but its record says that no row is stored" if is_odd else ""), 0
     if not exists:
         return "is gone", 0
     n_bytes = path.stat().st_size
@@ -152,6 +159,11 @@ def _shard_problem(path: Path, recorded: dict[str, int] | None) -> tuple[str, in
         return "", n_bytes
     checksums = f"{on_disk['crc32c']:08x}, its record says {recorded['crc32c']:08x}"
     return f"has the checksum {checksums}", n_bytes
+
+
+def _is_free(path: Path) -> bool:
+    """Return whether a shard has no rows because its unit was given up in a bucket."""
+    return is_given_up(read_start(path, GIVEN_UP_BYTES))
 
 
 # --- the merged columns and sums ---

@@ -23,8 +23,8 @@ from gradproj.maintenance.checks import (
 )
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store.hidden_states import sharded_layouts
-from gradproj.store.layout import STATUS_NAMES
-from gradproj.store.unit_record import list_shards, record_name
+from gradproj.store.layout import STATUS_NAMES, UNITS_DIR
+from gradproj.store.unit_record import list_given_up, list_shards, record_name
 
 SOUND, DAMAGED, INCOMPLETE = 0, 1, 3
 """Exit codes. 2 is a user's error, as for every command."""
@@ -158,7 +158,9 @@ def verify(path: str | Path, *, checksums: bool = True) -> Verification:
     }
     arrays = [output.store / layout.array for layout in sharded_layouts(output.layout)]
     shards = np.concatenate([list_shards(array) for array in arrays])
-    result.shards_without_record = np.setdiff1d(shards, output.recorded).tolist()
+    given_up = list_given_up(output.path / UNITS_DIR)[0]
+    missing = np.setdiff1d(shards, output.recorded).tolist()
+    result.shards_without_record = [unit for unit in missing if unit not in given_up]
     result.damage += _merged_without_record(output, merged)
     if result.complete and not result.damage:
         result.damage += check_sums(output, sums)

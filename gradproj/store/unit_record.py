@@ -31,6 +31,7 @@ _CHECKSUM_AT = 8 + len(_HEAD)
 _ABOUT = ("unit", "start", "identity", "shard", "stats")
 _STATS_BYTES = 4096
 _GIVEN_UP = b"given up "
+GIVEN_UP_BYTES = len(_GIVEN_UP) + 16
 _MIN_RECORD_BYTES = 64
 """Objects in place of a record with fewer bytes are marks of units that were given up."""
 _MAX_HEADER_BYTES = 2**24
@@ -112,7 +113,7 @@ def given_up_mark(repair: str) -> bytes:
 
 def is_given_up(data: bytes) -> bool:
     """Return whether this is a mark, not a record."""
-    return data.startswith(_GIVEN_UP) and len(data) < _MIN_RECORD_BYTES
+    return data.startswith(_GIVEN_UP) and len(data) == GIVEN_UP_BYTES
 
 
 def encode_record(record: UnitRecord) -> bytes:

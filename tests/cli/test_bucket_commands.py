@@ -18,6 +18,7 @@ COMMANDS = {
     "query": ["--text", TEXT, "--device", "cpu"],
     "query jsonl": ["--text", TEXT, "--device", "cpu", "--format", "jsonl"],
     "query ekfac": ["--text", TEXT, "--device", "cpu", "--score", "relatif", "--show_text"],
+    "query tokens": ["--text", TEXT, "--device", "cpu", "--tokens", "--top_k", "2"],
     "query by text": ["--text", TEXT, "--device", "cpu", "--score", "kfac+text"],
     "query by groups": ["--text", TEXT, "--device", "cpu", "--by", "meta.pile_set_name"],
     "domains": ["--device", "cpu"],
@@ -127,6 +128,38 @@ def test_a_second_query_reads_shards_and_columns_from_the_cache(
     monkeypatch.setattr(READING, "cache", None)
     assert main(["verify", str(places[1]), "--cache_dir", str(tmp_path / "c")]) == 2
     assert "verify reads the bucket itself" in capsys.readouterr().err
+
+
+def test_a_server_answers_the_same_from_a_bucket(places):
+    pytest.importorskip("starlette")
+    from helpers.asgi import Client
+
+    from gradproj.cli.serve.command import ServeConfig, explorers_of
+    from gradproj.serve.app import Access, Server
+    from gradproj.serve.scans import ScanQueue
+
+    config = ServeConfig(output=str(places[0]), others=(str(places[1]),), device="cpu")
+    client = Client(Server(explorers_of(config), ScanQueue(2, 8, 600)).app(Access()))
+    question = {"text": TEXT, "tokens": True, "top_k": 2, "text_matches": True, "show_text": True}
+    one, other = (
+        client.events("/api/query", {**question, "output": number})[-1] for number in (0, 1)
+    )
+    assert one["hits"]
+    assert other["hits"] == one["hits"]
+    for view in ("overview", "map"):
+        found = [client.events(f"/api/outputs/{n}/{view}")[-1][view] for n in (0, 1)]
+        assert found[0] == found[1]
+    for view in ("documents/3", "status"):
+        assert client.get(f"/api/outputs/1/{view}")[0] == 200
+
+
+def test_scores_of_several_outputs_are_summed_wherever_they_lie(places, capsys):
+    local, bucket = map(str, places)
+    answers, flags = [], ["--text", TEXT, "--device", "cpu", "--format", "jsonl"]
+    for outputs in ((bucket, local), (local, bucket)):
+        assert main(["query", *outputs, *flags]) == 0, capsys.readouterr().err
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
 
 
 def test_a_query_store_may_lie_in_a_bucket(places, reading, capsys):

@@ -55,7 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up(reset=True)
         if fault in CODES:
             return self._answer(int(fault), CODES[fault])
-        response, content = self._forward(body)
+        with self.server.at_work():
+            response, content = self._forward(body)
         if fault == "stall":
             time.sleep(STALL_S)
         if fault == "lost_after":
@@ -123,6 +124,7 @@ class _Server(socketserver.ThreadingTCPServer):
         """Error code with which every request is refused (403), if it is set."""
         self.met: Counter[str] = Counter()
         """Requests by what they met."""
+        self._n_at_work = 0
         self._random, self._rates, self._lock = random.Random(seed), rates, threading.Lock()
 
     def choose(self, method: str, is_conditional: bool) -> str:
@@ -137,6 +139,22 @@ class _Server(socketserver.ThreadingTCPServer):
                 fault = "nothing"
             self.met[fault] += 1
             return fault
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count a request that the target has not answered yet."""
+        with self._lock:
+            self._n_at_work += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_at_work -= 1
+
+    def wait_until_idle(self) -> None:
+        """Return when no request is under way, of clients that live or were killed."""
+        while self._n_at_work:
+            time.sleep(0.01)
 
     def handle_error(self, *_: object) -> None:
         """Say nothing: clients are killed in the middle of requests."""

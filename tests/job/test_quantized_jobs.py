@@ -57,7 +57,11 @@ def test_rows_are_verified_and_asked_with_the_model_moved(scene, tmp_path, capsy
         assert main(["verify", str(scene.output), "--model", str(moved), "--recompute", "8"]) == 0
         ask = QueryCommand(capsys)
         best = ("--text", TEXT, "--model", moved, "--top_k", 3, "--bottom_k", 0)
-        assert len(ask.objects(scene.output, *best)) == 3
+        hits = ask.objects(scene.output, *best, "--tokens")
+        assert len(hits) == 3
+        for hit in hits:
+            parts = [token["part"] for token in hit["tokens"]]
+            assert sum(parts) == pytest.approx(hit["recomputed_score"], abs=1e-5 * max(parts))
         # Without the packed weights it is another model.
         assert "changed since" in ask.mistake(scene.output, "--text", TEXT, "--model", scene.plain)
     finally:

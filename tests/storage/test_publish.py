@@ -171,6 +171,8 @@ def test_buffers_are_joined_one_at_a_time():
 
 
 def test_errors_of_a_missing_bucket_are_one_line(s3_server, bucket):
+    if s3_server.is_shared:
+        pytest.skip("SeaweedFS makes a bucket that is missing")
     with pytest.raises(StoreError, match="there is no such bucket") as caught:
         check_conditional_writes(path_of(f"{bucket.scheme}://no-such-bucket-here/out"))
     assert "\n" not in str(caught.value)

@@ -22,6 +22,7 @@ class CheckpointArgs(RecordedRunArgs, title="several checkpoints"):
         name="OUTPUT2",
         positional=True,
         path="DIR",
+        remote=True,
     )
     combine: str = flag(
         "With several outputs: rank by the sum of their scores; table also shows each listed "

@@ -14,7 +14,7 @@ export class DocumentText {
     this.tokens = hit.tokens ?? []; this.matches = (hit.text_matches ?? []).filter((match) => match.tokens > 1);
     this.start = 0; this.characters = [...found.text];
     this.size = Math.max(this.characters.length, 1); // of a part of the text
-    this.text = el("div", { class: "excerpt", dir: "auto", tabindex: 0, role: "region", "aria-label": "Text" });
+    this.text = el("div", { class: "excerpt", dir: "auto", tabindex: 0, role: "region", "aria-label": "Text of the document" });
     this.earlier = el("button", { type: "button", onclick: () => this.extend(-1) });
     this.later = el("button", { type: "button", onclick: () => this.extend(1) });
     this.about = el("div", {}); this.row = el("div", {});
