@@ -81,6 +81,8 @@ class _Seen:
     """Answers and outages that this process has seen, of all stores."""
 
     answer: bool = False
+    gave_up: bool = False
+    """Whether a request was given up before any was answered: then the next ones are at once."""
     outage: bool = False
     """Whether people were told of the present one."""
 
@@ -110,7 +112,8 @@ class Patience:
         _SEEN.answer |= reason != "unreachable"
         pause = next(self._pauses, None) if reason in RETRIED else None
         if pause is not None and not _SEEN.answer:
-            return min(pause, FIRST_S - waited_s) if waited_s < FIRST_S else None
+            _SEEN.gave_up |= waited_s >= FIRST_S
+            return None if _SEEN.gave_up else min(pause, FIRST_S - waited_s)
         if pause is not None and waited_s >= NOTICE_S and not _SEEN.outage:
             _SEEN.outage = True
             print(

@@ -195,6 +195,17 @@ class TestCommits:
         assert fill(output, layout, fake_owner(2), writer=1)
         assert damage_in(output) == []
 
+    @pytest.mark.parametrize("output", ["bucket"], indirect=True)  # on disk: a torn record, named
+    @pytest.mark.parametrize("content", [b"", b"version https://git-lfs"], ids=["empty", "text"])
+    def test_what_is_too_small_for_a_record_does_not_stop_a_job(self, output, layout, content):
+        """Somebody has written an object in place of a record."""
+        replace(output / record_name(1), [content])
+        queue = queue_of(output, layout, 1)
+        assert queue.give_up_orphans() == [1]
+        assert queue.claims.try_claim(unit_claim(1))
+        assert queue.commit(fake_rows(layout, 1))
+        assert list_records(output / "units").tolist() == [1]
+
     def test_a_repaired_unit_may_turn_out_to_have_no_rows(self, output, layout):
         fill(output, layout, fake_owner(0))
         replace(output / layout.shard_name(1), [b"damaged"])
