@@ -40,7 +40,7 @@ from gradproj.storage.object_path import ObjectPath
 from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STATUS, StoreConfig, plan_layout
-from gradproj.store.unit_record import list_records, read_record, record_name
+from gradproj.store.unit_record import given_up_mark, list_records, read_record, record_name
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -193,6 +193,15 @@ class TestCommits:
             group = zarr.open_group(store, path="out/projections.zarr", mode="r")
             assert np.isnan(group["projections"][16:32]).all()
         assert fill(output, layout, fake_owner(2), writer=1)
+        assert damage_in(output) == []
+
+    @pytest.mark.parametrize("output", ["disk"], indirect=True)
+    def test_a_mark_that_another_program_copied_to_a_disk_is_named(self, output, layout):
+        replace(output / record_name(1), [given_up_mark("0" * 16)])
+        with pytest.raises(StoreError, match="mark of a unit that was given up in a bucket"):
+            fill(output, layout, fake_owner(0))
+        assert repair(verify(output)).units == [1]
+        assert fill(output, layout, fake_owner(1))
         assert damage_in(output) == []
 
     @pytest.mark.parametrize("output", ["bucket"], indirect=True)  # on disk: a torn record, named
