@@ -84,7 +84,7 @@ def split_texts(
         matrices: layer -> ``K (M, k_o * k_i)``; layers that it lacks have no part.
         chosen: for each owner the numbers ``(m,)`` of its matrices.
         batch: the job's batch settings.
-        turn: entered around each batch, between which others may use model and engine.
+        turn: entered around each use of the model; in between others may use model and engine.
         done: called between batches with the number of sequences of the last one.
 
     Raises:
@@ -97,7 +97,8 @@ def split_texts(
         budget = min(budget, _TOKENS_AT_ONCE)
     padding = batch.max_padding
     if len(set(lengths)) > 1:
-        padding = fit_padding(model, batch, max(lengths)).max_padding
+        with turn():
+            padding = fit_padding(model, batch, max(lengths)).max_padding
     pass_ = _Pass(model, engine, sequences, matrices, chosen)
     parts: list[np.ndarray] = [np.empty(0)] * len(sequences)
     layers = [np.zeros((len(numbers), len(matrices))) for numbers in chosen]

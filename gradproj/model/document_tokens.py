@@ -133,7 +133,7 @@ class DocumentTokenizer:
 
     @property
     def takes_chat(self) -> bool:
-        """Whether a conversation has tokens: there is a template, and a fast tokenizer for it."""
+        """True if a conversation has tokens: there is a template, and a fast tokenizer."""
         return self._template is not None and self._tokenizer.is_fast
 
     def sequences(

@@ -16,9 +16,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_PREFIX_SAFE = ("Prepend", "Replace")
-"""Normalizers that work on characters one by one."""
-
 
 def longest_token(tokenizer: Any) -> int:
     """Return the most characters of a token, or 0 if the argument does not hold of the tokenizer.
@@ -30,8 +27,10 @@ def longest_token(tokenizer: Any) -> int:
         return 0
     made = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = made["model"], made["normalizer"]
+    if model["type"] != "BPE":
+        return 0
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    is_plain = model["type"] == "BPE" and not model["dropout"] and not model["end_of_word_suffix"]
+    is_plain = not model["dropout"] and not model["end_of_word_suffix"]
     joins_unknown = model["unk_token"] and model["fuse_unk"] and not model["byte_fallback"]
     if not is_plain or joins_unknown or not all(map(_is_safe, steps)):
         return 0

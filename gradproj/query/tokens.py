@@ -46,7 +46,7 @@ class QueryTokenizer:
 
     @property
     def takes_chat(self) -> bool:
-        """Whether a conversation has tokens: there is a chat template for it."""
+        """True if a conversation has tokens: there is a chat template for it."""
         return self._documents.takes_chat
 
     def sequences_of(self, queries: Sequence[Query]) -> list[TokenSequence]:

@@ -195,6 +195,7 @@ def test_threads_share_a_session(job):
 def test_the_store_opens_while_a_model_loads_and_the_wait_for_it_can_be_ended(output):
     session = Session(str(output))
     loads, may_go = threading.Event(), threading.Event()
+    assert session._keep(("quick",), lambda: "kept") == "kept"
 
     def load():
         loads.set()
@@ -206,6 +207,7 @@ def test_the_store_opens_while_a_model_loads_and_the_wait_for_it_can_be_ended(ou
             loading = threads.submit(session._keep, ("slow",), load)
             assert loads.wait(60)
             assert len(threads.submit(session.open_store).result(10)) > 0
+            assert threads.submit(session._keep, ("quick",), load).result(10) == "kept"
 
             def ask():
                 with watching(Record(n_steps=1)):

@@ -54,3 +54,26 @@ def test_a_wait_that_ends_leaves_the_queue():
         thread.join(60)
     with turns.turn():
         assert not thread.is_alive()
+
+
+def test_a_wait_ends_while_others_take_turn_after_turn():
+    turns, ended = Turns(), threading.Event()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    def wait():
+        with pytest.raises(KeyboardInterrupt), turns.turn(turns.place(), waits=stop):
+            pass
+        ended.set()
+
+    thread = threading.Thread(target=wait)
+    with turns.turn():
+        thread.start()
+        end = time.monotonic() + 20
+        while not ended.is_set() and time.monotonic() < end:
+            with turns._changed:  # what each end of a turn does
+                turns._changed.notify_all()
+            time.sleep(0.01)
+        assert ended.is_set()
+    thread.join(60)

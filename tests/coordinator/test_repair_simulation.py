@@ -40,8 +40,8 @@ def refusable(program):
     return run
 
 
-def simulate(monkeypatch, start, *programs, missing=False, **options):
-    """Visit every state. ``missing``: rows may be missing beside a record, but never wrong."""
+def simulate(monkeypatch, start, *programs, **options):
+    """Visit every state of these processes, of which any may die anywhere."""
     first = refusable(options.pop("restart", starting(7)))
 
     def restart(output):  # twice: the first may compute the unit before it finds a stray shard
@@ -58,8 +58,7 @@ def simulate(monkeypatch, start, *programs, missing=False, **options):
             return
         for name, field in shards:
             recorded, content = getattr(decode_record(record), field), after.get(name)
-            is_free = content is not None and is_given_up(content[:25])
-            if recorded is not None and not (missing and is_free):
+            if recorded is not None:
                 assert content is not None
                 assert recorded == sum_of(content), f"{name} is another's"
 
@@ -113,9 +112,9 @@ def test_a_repair_a_job_and_a_stale_owner_mix_no_rows(monkeypatch, start):
 
 
 @pytest.mark.chaos
-def test_a_repair_that_is_carried_out_late_makes_rows_missing_at_worst(monkeypatch):
-    programs = [repairing(1), starting(2)]
-    simulate(monkeypatch, DAMAGED_RECORD, *programs, missing=True, some_late=True)
+@pytest.mark.parametrize("start", [DAMAGED_SHARD, DAMAGED_RECORD], ids=["shard", "record"])
+def test_requests_of_a_repair_and_a_job_may_be_carried_out_late(monkeypatch, start):
+    simulate(monkeypatch, start, repairing(1), starting(2), some_late=True, most_lost=2)
 
 
 def shards_first(self, units, layout):

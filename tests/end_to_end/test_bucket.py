@@ -62,7 +62,7 @@ def test_killed_job_resumes_to_the_bytes_of_a_disk(tmp_path, model_dir, bucket, 
         launch.finish(1)  # deletes what requests of the dead have left that were carried out late
     assert arrays_in_bucket(output) == arrays_of(tmp_path / "out")
     assert json.loads((output / "projection_stats.json").read_text())["complete"] is True
-    # Not names: SeaweedFS lists folders that have become empty.
+    # Objects: SeaweedFS lists an emptied folder for a while.
     left = {name: (output / name).keys_below() for name in (*FOLDERS, "prepared", "probe")}
     assert len(left.pop("units")) == 6
     left.pop("logs")  # maybe none: ranks were stopped before a commit, or killed

@@ -70,7 +70,7 @@ class Moment:
         place, left = rng.random(), N_UNITS - self.begun
         self.records, self.delay_s = None, rng.uniform(0, START_S)
         if left and place < 0.8:
-            self.records = self.begun + int(rng.integers(0, min(left, 15)))
+            self.records = self.begun + int(rng.integers(0, min(left, 8)))
             self.delay_s = rng.uniform(0, UNIT_S)
         elif not left and place < 0.7:  # else no merge would ever end
             self.records = N_UNITS + (place < 0.4)

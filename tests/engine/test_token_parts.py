@@ -1,5 +1,7 @@
 """Parts of tokens in models of several kinds: of which position they are, and what they add to."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,26 @@ def test_parts_belong_to_the_positions_before_a_target_and_sum_to_the_row(family
     # The loss of token 2 is of what the positions 0 and 1 compute, and of no later one.
     assert (np.abs(found.parts[2][:, :2]) > 0).all()
     assert not found.parts[2][:, 2:].any()
+
+
+def test_the_model_runs_within_turns_alone():
+    model, turns = small_model("gpt2"), [0, 0]
+    engine = engine_of(model)
+    _, matrices = matrices_of(engine, 1)
+
+    @contextmanager
+    def turn():
+        turns[:] = turns[0] + 1, turns[1] + 1
+        yield
+        turns[0] -= 1
+
+    depths = []
+    model.transformer.register_forward_pre_hook(lambda *_: depths.append(turns[0]))
+    sequences = [TokenSequence.of(IDS, owner=0), TokenSequence.of(IDS[:4], owner=1)]
+    chosen, batch = [np.arange(1)] * 2, BatchConfig(batch_size=2, max_padding=0.5)
+    split_texts(model, engine, sequences, matrices, chosen, batch, turn)
+    assert turns[1] >= 2
+    assert set(depths) == {1}
 
 
 def test_part_of_a_token_is_the_sum_over_the_experts_that_it_is_routed_to():

@@ -26,7 +26,7 @@ def running(app):
     """Run an ASGI application as the command does; yield its port."""
     import uvicorn
 
-    from gradproj.serve import connections
+    from gradproj.cli.serve import connections
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -78,6 +78,23 @@ def test_long_words_of_other_rules_are_tokenized_whole(change):
     assert longest_token(PreTrainedTokenizerFast(tokenizer_object=backend)) == 0
 
 
+def made_by_pieces(kind):
+    pieces = {"<unk>": 0, "a": 1, "ab": 2, "##ab": 3}
+    if kind == "WordPiece":
+        return models.WordPiece(pieces, unk_token="<unk>", max_input_chars_per_word=10**6)
+    if kind == "WordLevel":
+        return models.WordLevel(pieces, unk_token="<unk>")
+    return models.Unigram([("<unk>", 0.0), ("a", -1.0), ("ab", -2.0)], unk_id=0)
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
+def test_long_words_of_models_without_merges_are_tokenized_whole(kind):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(made_by_pieces(kind)))
+    text = "ab" * 1000
+    (got,) = Tokenizing(tokenizer, "none", 4).ids([text])
+    assert got.tolist() == tokenizer(text).input_ids
+
+
 @pytest.mark.parametrize(("every", "is_settled"), [(1, True), (7, False)])
 def test_tokens_that_depend_on_where_a_word_is_cut_are_not_taken(tokenizer, every, is_settled):
     def encode(texts):

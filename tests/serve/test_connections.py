@@ -11,7 +11,7 @@ pytest.importorskip("uvicorn")
 
 from helpers.served import running
 
-from gradproj.serve import connections
+from gradproj.cli.serve import connections
 
 GET = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 HALF = [b"", b"GET / HT", GET[:-2], b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf"]

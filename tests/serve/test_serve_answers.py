@@ -18,6 +18,7 @@ from gradproj.analysis import score
 from gradproj.analysis.document_map import document_map
 from gradproj.cli.serve.command import ServeConfig, explorers_of
 from gradproj.maintenance.status import read_status
+from gradproj.query.tokens import QueryTokenizer
 from gradproj.serve.app import Access, Server
 from gradproj.serve.scans import ScanQueue
 from gradproj.store import STATUS, ProjectionStore
@@ -142,6 +143,16 @@ def test_views_of_the_store_and_of_the_job(job, client):
     (facts,) = json.loads(client.get("/api/outputs")[2])["outputs"]
     assert facts["rows"] == counts["ok"]
     assert facts["is_complete"]
+
+
+def test_it_is_known_whether_there_is_a_chat_template_once_the_model_is_loaded(job, monkeypatch):
+    (explorer,) = explorers_of(ServeConfig(output=str(job.output), device="cpu"))
+    assert explorer.facts()["takes_chat"] is None
+    explorer.load()
+    assert explorer.facts()["takes_chat"] is False
+    monkeypatch.setattr(QueryTokenizer, "takes_chat", True)
+    explorer.load()
+    assert explorer.facts()["takes_chat"] is True
 
 
 def test_an_unfinished_store_answers_from_the_rows_that_are_there(output):

@@ -17,7 +17,7 @@ from helpers.outputs import tree_of
 from helpers.query_command import TEXT
 
 from gradproj.__main__ import main
-from gradproj.cli.serve.command import ServeConfig
+from gradproj.cli.serve.command import TOKEN_VARIABLE, ServeConfig, shown_host
 from gradproj.errors import ConfigError
 
 
@@ -85,6 +85,24 @@ def test_an_interrupt_ends_it_with_one_line(output):
 def test_a_wrong_flag_is_named(flags, message):
     with pytest.raises(ConfigError, match=message):
         ServeConfig(output="out", **flags)
+
+
+def test_a_token_of_the_environment_is_used_and_checked(monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "of the environment".replace(" ", "-"))
+    assert ServeConfig(output="out").given_token == "of-the-environment"
+    assert ServeConfig(output="out", token="auto").given_token == "auto"
+    monkeypatch.setenv(TOKEN_VARIABLE, "short")
+    with pytest.raises(ConfigError, match=f"{TOKEN_VARIABLE} has fewer than 16"):
+        ServeConfig(output="out")
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("box.example", "box.example"),
+     ("0.0.0.0", socket.gethostname()), ("::", socket.gethostname())],
+)  # fmt: skip
+def test_the_printed_address_is_one_that_a_browser_can_open(host, shown):
+    assert shown_host(host) == shown
 
 
 def test_an_output_without_a_store_and_a_taken_port_are_mistakes(job, tmp_path, capsys):

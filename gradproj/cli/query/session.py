@@ -140,10 +140,11 @@ class Session:
         return fitted
 
     def _keep(self, key: tuple, load: Callable[[], T]) -> T:
-        with _held(self._lock):
-            if key not in self._kept:
-                self._kept[key] = load()
-            return self._kept[key]
+        if key not in self._kept:  # what is there needs no lock: another thread may fit for minutes
+            with _held(self._lock):
+                if key not in self._kept:
+                    self._kept[key] = load()
+        return self._kept[key]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -40,12 +41,15 @@ class Turns:
         ``waits`` is called now and then before the turn comes; its exception ends the wait.
         """
         place = place or (0, next(self._numbers))
+        called = time.monotonic()
         with self._changed:
             bisect.insort(self._waiting, place)
             try:
                 while self._is_taken or self._waiting[0] != place:
-                    if not self._changed.wait(LOOK_AGAIN_S):
+                    self._changed.wait(LOOK_AGAIN_S)  # less, where others' turns are short
+                    if time.monotonic() - called >= LOOK_AGAIN_S:
                         waits()
+                        called = time.monotonic()
                 self._is_taken = True
             finally:
                 self._waiting.remove(place)

@@ -1,5 +1,6 @@
 """The command ``serve``: outputs in a browser, and a JSON API, until it is interrupted."""
 
+import atexit
 import functools
 import importlib.util
 import ipaddress
@@ -124,7 +125,7 @@ def serve(config: ServeConfig) -> None:
     """
     import uvicorn
 
-    from gradproj.serve import connections
+    from gradproj.cli.serve import connections
     from gradproj.serve.app import Access, Server
     from gradproj.serve.guard import is_loopback
     from gradproj.serve.scans import ScanQueue
@@ -142,14 +143,26 @@ def serve(config: ServeConfig) -> None:
     server = Server(explorers, queue, _log, config.log_queries)
     settings = connections.settings(server.app(Access(token, names, local_only)))
     load = functools.partial(_load, explorers)
-    threading.Thread(target=load, name="load", daemon=True).start()
-    address = f"http://{_shown_host(config.host)}:{listener.getsockname()[1]}/"
+    loader = threading.Thread(target=load, name="load", daemon=True)
+    loader.start()
+    address = f"http://{shown_host(config.host)}:{listener.getsockname()[1]}/"
     secret = f"#token={token}" if is_new else ""
     print(f"gradproj serves {len(explorers)} output(s) at {address}{secret}", flush=True)
-    uvicorn.Server(settings).run(sockets=[listener])
+    try:
+        uvicorn.Server(settings).run(sockets=[listener])
+    finally:
+        if loader.is_alive():
+            atexit.register(_end)
 
 
-def _shown_host(host: str) -> str:
+def _end() -> None:
+    """End the process: torch aborts it if Python ends while one of its threads loads a model."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)  # as after any interrupt
+
+
+def shown_host(host: str) -> str:
     """Return what a browser can open: of all interfaces, the name of this host."""
     try:
         address = ipaddress.ip_address(host)

@@ -3,10 +3,9 @@
 import asyncio
 import math
 import time
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST = 512
@@ -79,8 +78,8 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(REQUEST_WITHIN_S, self.drop)
 
 
-def settings(app: ASGIApp) -> uvicorn.Config:
-    """Return how uvicorn serves the application."""
+def settings(app: Any) -> uvicorn.Config:
+    """Return how uvicorn serves an ASGI application."""
     return uvicorn.Config(
         app, http=Connection, timeout_keep_alive=30,
         log_level="warning", access_log=False, server_header=False, date_header=False,
