@@ -124,8 +124,8 @@ class _Copier:
         more = np.setdiff1d(list_records(final / UNITS_DIR), self.output.recorded)
         if len(more) or names_in(final / CLAIMS_DIR):
             raise StoreError(
-                f"{final} is no mere copy of {self.output.path} any more: a job has worked on it, "
-                f"or units of {self.output.path} were repaired since. Give a new place"
+                f"{final} is no mere copy of {self.output.path} any more: a job or a repair "
+                f"has worked on it, or units of {self.output.path} were repaired since. Give a new place"
             )
 
     # --- units ---

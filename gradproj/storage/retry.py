@@ -82,7 +82,7 @@ class _Seen:
 
     answer: bool = False
     gave_up: bool = False
-    """Whether a request was given up before any was answered: then the next ones are at once."""
+    """A request was given up before any was answered: the next ones are at once."""
     outage: bool = False
     """Whether people were told of the present one."""
 
