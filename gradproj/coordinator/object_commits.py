@@ -33,6 +33,7 @@ from gradproj.storage.stored_object import one_buffer
 from gradproj.store.hidden_states import hidden_layout, sharded_layouts
 from gradproj.store.layout import UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import (
+    MIN_RECORD_BYTES,
     decode_record,
     encode_record,
     given_up_mark,
@@ -134,9 +135,12 @@ class ObjectCommits(Commits):
         return self._publish_record(slot, chosen[0]) and chosen[0] == mine
 
     def _mark(self, unit: int) -> bytes | None:
-        """Return what is in place of the unit's record, empty = nothing; None if it is there."""
+        """Return what is in place of the unit's record, empty = nothing; None if it is there.
+
+        To readers an object too small for a record is none, whatever it holds.
+        """
         content = read_or_none(self.output / record_name(unit)) or b""
-        return content if not content or is_given_up(content) else None
+        return content if len(content) < MIN_RECORD_BYTES else None
 
     def _decide(
         self, slot: _Slot, shard: bytes, record: bytes, hidden: bytes

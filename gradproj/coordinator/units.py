@@ -23,6 +23,7 @@ from gradproj.coordinator.progress import WaitNotice
 from gradproj.coordinator.store_guard import StoreGuard
 from gradproj.errors import StoreError
 from gradproj.storage.folders import delete_tree, read_ahead
+from gradproj.storage.object_path import in_bucket
 from gradproj.storage.publish import Outdated
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import (
@@ -232,7 +233,16 @@ def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:
         StoreError: it is damaged, or was made with other settings.
     """
     path = output / record_name(unit)
-    record = read_record(path)
+    try:
+        record = read_record(path)
+    except FileNotFoundError:
+        if in_bucket(path) or not path.is_file():
+            raise
+        raise StoreError(
+            f"{path} is no record but the mark of a unit that was given up in a bucket, copied by "
+            f"another program than gradproj. `python -m gradproj verify {output} --repair` deletes "
+            "it, and the job's next run computes the unit again"
+        ) from None
     if record.identity != identity or record.unit != unit:
         raise StoreError(
             f"{path} belongs to another store (unit {record.unit}, settings {record.identity}). "

@@ -13,6 +13,13 @@ REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 _SECRET = r"x-amz-|x-goog-|signature|credential|token|sig|sv|awsaccesskeyid|key|password"
 # In a key of a bucket a question mark may also be a part of a name, or of a pattern.
 _SIGNED = re.compile(rf"(?:.*&)?[\w-]*(?:{_SECRET})[\w-]*=", re.IGNORECASE)
+_PROBLEMS = {
+    "credentials": "has credentials, which do not belong in an address: give them where the "
+    "store's own tools find them (environment, profile)",
+    "signature": "has a signature or token, which may be secret and may expire: give the address "
+    "without it",
+    "query": "has a query, which may be secret and may expire: give the address without it",
+}
 _HOST = re.compile(r"(?:\[[^\]]*\]|[^:@]*)(?::\d*)?")
 _KINDS = {
     stat.S_IFIFO: "a FIFO (named pipe)",
@@ -30,20 +37,12 @@ def without_secret(text: str) -> str:
 def check_no_secret(text: str) -> None:
     """Raise a ``ConfigError``, which does not repeat it, for a user, password or query."""
     safe, secret = _split_secret(text)
-    if secret == "credentials":
-        raise ConfigError(
-            f"an address {safe}: credentials do not belong in an address; give them where the "
-            "store's own tools find them (environment, profile)"
-        )
     if secret:
-        raise ConfigError(
-            f"{safe}: an address with {secret} (?...) is not taken: it may be secret and may "
-            "expire. Give the address without it"
-        )
+        raise ConfigError(f"{safe} {_PROBLEMS[secret]}")
 
 
 def _split_secret(text: str) -> tuple[str, str]:
-    """Return a text without what may be secret in it, and what that is; "" for nothing."""
+    """Return a text without what may be secret in it, and its problem; "" for none."""
     match = _SCHEME.match(text)
     if match is None or match[2]:
         return ("pipe:..." if match else text), ""
@@ -56,7 +55,7 @@ def _split_secret(text: str) -> tuple[str, str]:
         _, at, behind = place.rpartition("@")
         return f"{scheme}://...{at}{behind}", "credentials"
     if question and (scheme.startswith("http") or _SIGNED.match(query)):
-        kind = "a signature or token" if _SIGNED.match(query) else "a query"
+        kind = "signature" if _SIGNED.match(query) else "query"
         return f"{scheme}://{place}?...", kind
     return text, ""
 
@@ -70,7 +69,9 @@ def local_path(text: str, *, remote: bool = False) -> str:
         ConfigError: an address of another kind, which would become a folder named ``s3:``, or one
             with credentials. The caller begins the message with ``without_secret(text)``.
     """
-    check_no_secret(text)
+    _, secret = _split_secret(text)
+    if secret:
+        raise ConfigError(_PROBLEMS[secret])
     match = _SCHEME.match(text)
     if match is None:
         return text

@@ -181,6 +181,8 @@ def make_output(plan: Plan, owner: Owner, where: PilotRanks = HERE) -> nn.Module
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
     keep_chat_template(output, plan.chat_template, publisher)
     check_records_have_shards(output)
+    # Before a unit is given up: readers never take old columns for the rows of its next shard.
+    unmerge_missing_units(output, queue.claims)
     orphans = queue.give_up_orphans()
     if orphans:
         units = ranges_text(ranges_of(np.array(orphans, np.int64)))
@@ -190,7 +192,6 @@ def make_output(plan: Plan, owner: Owner, where: PilotRanks = HERE) -> nn.Module
             count(len(orphans), "unit"),
             units,
         )
-    unmerge_missing_units(output, queue.claims)
     fault_points.reach("metadata published")
     flags = plan.config.as_flags()
     flags |= {"rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}

@@ -25,7 +25,7 @@ from gradproj.maintenance.liveness import read_activity
 from gradproj.storage.contents import files_below
 from gradproj.storage.copying import copy_file, size_or_none
 from gradproj.storage.folders import read_or_none
-from gradproj.storage.object_path import names_in, path_of
+from gradproj.storage.object_path import in_bucket, names_in, path_of
 from gradproj.storage.probe import PROBE_DIR
 from gradproj.storage.publish import PREPARED_DIR, replace
 from gradproj.store.hidden_states import sharded_layouts
@@ -124,8 +124,8 @@ class _Copier:
         more = np.setdiff1d(list_records(final / UNITS_DIR), self.output.recorded)
         if len(more) or names_in(final / CLAIMS_DIR):
             raise StoreError(
-                f"{final} is no mere copy of {self.output.path} any more: a job has worked on it, "
-                f"or units of {self.output.path} were repaired since. Give a new place"
+                f"{final} is no mere copy of {self.output.path} any more: a job or a repair "
+                f"has worked on it, or units of {self.output.path} were repaired since. Give a new place"
             )
 
     # --- units ---
@@ -143,10 +143,11 @@ class _Copier:
     def _copy_unit(self, unit: int) -> int | None:
         """Copy a unit; return its bytes, None if it was there already."""
         name = record_name(unit)
-        data = read_or_none(self.output.path / name)
-        if data is None or is_given_up(data):
+        path = self.output.path / name
+        data = read_or_none(path)
+        if data is None or (in_bucket(path) and is_given_up(data)):
             raise self._gone(name)
-        record = decode_record(data, self.output.path / name)
+        record = decode_record(data, path)
         shards = {
             layout.shard_name(unit): recorded
             for layout in self._layouts

@@ -177,10 +177,10 @@ class ObjectPublisher(Publisher):
         """
         while not (self._swap(final, free, data) if free else _object(final).put_if_absent([data])):
             found = read_or_none(final)
-            if found not in (None, free):  # not deleted or freed in between
-                return cast(bytes, found)
             if found is None and free:
                 return b""  # deleted by hand
+            if found is not None and not (free and found == free):  # nor freed in between
+                return found
         return data
 
     def _swap(self, final: Path, old: bytes, new: bytes) -> bool:

@@ -32,7 +32,7 @@ _ABOUT = ("unit", "start", "identity", "shard", "stats")
 _STATS_BYTES = 4096
 _GIVEN_UP = b"given up "
 GIVEN_UP_BYTES = len(_GIVEN_UP) + 16
-_MIN_RECORD_BYTES = 64
+MIN_RECORD_BYTES = 64
 """Objects in place of a record with fewer bytes are marks of units that were given up."""
 _MAX_HEADER_BYTES = 2**24
 _RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
@@ -75,12 +75,12 @@ def is_recorded(output: Path, unit: int) -> bool:
     if not isinstance(path, ObjectPath):
         return path.is_file()
     meta = path.meta()
-    return meta is not None and meta["size"] >= _MIN_RECORD_BYTES
+    return meta is not None and meta["size"] >= MIN_RECORD_BYTES
 
 
 def list_records(units_dir: Path) -> np.ndarray:
     """Return the units that have a record, sorted int64; none if the folder does not exist."""
-    return _units_named(names_in(units_dir, _MIN_RECORD_BYTES), _RECORD_NAME)
+    return _units_named(names_in(units_dir, MIN_RECORD_BYTES), _RECORD_NAME)
 
 
 def list_shards(projections_dir: Path) -> np.ndarray:

@@ -40,7 +40,7 @@ from gradproj.storage.object_path import ObjectPath
 from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STATUS, StoreConfig, plan_layout
-from gradproj.store.unit_record import list_records, read_record, record_name
+from gradproj.store.unit_record import given_up_mark, list_records, read_record, record_name
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -196,6 +196,26 @@ class TestCommits:
             assert np.isnan(group["projections"][16:32]).all()
         assert fill(output, layout, fake_owner(2), writer=1)
         assert damage_in(output) == []
+
+    @pytest.mark.parametrize("output", ["disk"], indirect=True)
+    def test_a_mark_that_another_program_copied_to_a_disk_is_named(self, output, layout):
+        replace(output / record_name(1), [given_up_mark("0" * 16)])
+        with pytest.raises(StoreError, match="mark of a unit that was given up in a bucket"):
+            fill(output, layout, fake_owner(0))
+        assert repair(verify(output)).units == [1]
+        assert fill(output, layout, fake_owner(1))
+        assert damage_in(output) == []
+
+    @pytest.mark.parametrize("output", ["bucket"], indirect=True)  # on disk: a torn record, named
+    @pytest.mark.parametrize("content", [b"", b"version https://git-lfs"], ids=["empty", "text"])
+    def test_what_is_too_small_for_a_record_does_not_stop_a_job(self, output, layout, content):
+        """Somebody has written an object in place of a record."""
+        replace(output / record_name(1), [content])
+        queue = queue_of(output, layout, 1)
+        assert queue.give_up_orphans() == [1]
+        assert queue.claims.try_claim(unit_claim(1))
+        assert queue.commit(fake_rows(layout, 1))
+        assert list_records(output / "units").tolist() == [1]
 
     def test_a_repaired_unit_may_turn_out_to_have_no_rows(self, output, layout):
         fill(output, layout, fake_owner(0))

@@ -74,7 +74,7 @@ def test_shards_define_the_order_of_tars(shards, want, folder):
         ("pipe:cat a.tar", "are not run"),
         ("ftp://host/a.tar", "is an address, and only local paths are read"),
         ("https://host/x*.tar", "a web server has no listing; name the tars with braces"),
-        ("s3://k:secret@bucket/a.tar", "credentials do not belong in an address"),
+        ("s3://k:secret@bucket/a.tar", "credentials, which do not belong in an address"),
         ("{folder}/empty", "the folder has no .tar; it has 1 compressed file: a.tar.gz: unpack"),
         ("{folder}/none.list", "the list file names no tar"),
         ("{folder}/missing.txt", "the list file cannot be read"),

@@ -242,6 +242,23 @@ def test_a_store_that_no_request_has_reached_is_given_up_soon(unreachable, monke
     assert capsys.readouterr().err == ""
 
 
+def test_after_one_request_was_given_up_the_others_are_at_once(unreachable, monkeypatch):
+    pauses = []
+
+    def ask():
+        with pytest.raises(ConnectionError):
+            retried(
+                lambda: (_ for _ in ()).throw(ConnectionError()),
+                unreachable[0],
+                meaning=lambda error: "unreachable",
+                sleep=lambda seconds: (pauses.append(seconds), time.sleep(0.02)),
+            )
+        return len(pauses)
+
+    monkeypatch.setattr(retry, "FIRST_S", 0.01)
+    assert ask() == ask() == 1
+
+
 def test_a_later_outage_is_waited_for_and_told_once(unreachable, monkeypatch, capsys):
     monkeypatch.setattr(retry, "NOTICE_S", 0.0)
 

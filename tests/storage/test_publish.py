@@ -10,6 +10,7 @@ from obstore.store import MemoryStore
 
 from gradproj.errors import StoreError
 from gradproj.storage import log_file as log_module
+from gradproj.storage import publish
 from gradproj.storage.address import Address
 from gradproj.storage.folders import delete_tree, read_or_none, tree_exists
 from gradproj.storage.log_file import log_file
@@ -67,6 +68,13 @@ class TestPublishers:
 @pytest.fixture
 def memory():
     return ObjectPath(MemoryStore(), Address("s3", "memory")) / "out"
+
+
+def test_an_empty_object_is_another_writers(memory, monkeypatch):
+    memory.put([b""])
+    found = iter([b""])  # it is asked for once
+    monkeypatch.setattr(publish, "read_or_none", lambda path: next(found))
+    assert not ObjectPublisher().create(memory, [b"a"])
 
 
 def test_a_guarded_replacement_notices_another_writer(memory):

@@ -238,7 +238,7 @@ def test_a_failed_request_is_made_again_by_the_next_reader():
         ("SCHEME://there-is-none/out", "no such bucket"),
         ("BUCKET/out", "there is no store at"),
         ("https://example.org/out", "outputs lie on disk or in a bucket"),
-        ("s3://user:secret@bucket/out", "credentials do not belong in an address"),
+        ("s3://user:secret@bucket/out", "credentials, which do not belong in an address"),
     ],
 )
 def test_a_store_that_is_not_there_is_one_line(bucket, capsys, place, message):
