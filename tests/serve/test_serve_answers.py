@@ -120,6 +120,22 @@ def test_a_document_can_be_read_when_the_model_is_gone(job, monkeypatch):
     assert found["n_question"] == 0
 
 
+def test_a_document_can_be_read_while_the_model_loads(job, monkeypatch):
+    (explorer,) = explorers_of(ServeConfig(output=str(job.output), device="cpu"))
+    found = []
+
+    def load(*_):
+        found.append(explorer.document(3, 0))
+        raise ModelError("not today")
+
+    monkeypatch.setattr(Session, "projector", load)
+    with pytest.raises(ModelError, match="not today"):
+        explorer.load()
+    (document,) = found
+    assert document["text"]
+    assert document["n_question"] == 0
+
+
 def test_the_map_has_the_principal_components_of_unit_rows(job):
     with ProjectionStore(job.output) as store:
         found = document_map(store, score="dot")

@@ -124,6 +124,7 @@ class OutputExplorer:
         self._kept: dict[str, tuple[str, Event]] = {}
         self._takes_chat: bool | None = None
         """Whether there is a chat template; None before the model is loaded."""
+        self._is_loading = False
 
     # --- questions ---
 
@@ -132,7 +133,13 @@ class OutputExplorer:
 
         The text index of a small store is made, too.
         """
+        self._is_loading = True
+        try:
+            self._load()
+        finally:
+            self._is_loading = False
 
+    def _load(self) -> None:
         class FirstBlock(AnswerWatch):
             def found(self, ends: Callable[[], tuple[Any, Any]]) -> None:
                 raise _Warm
@@ -218,7 +225,7 @@ class OutputExplorer:
                 text = text_of(self._index(), sample_id)
             except (GradprojError, OSError) as error:
                 problem = str(error)
-            if start == 0 and text and is_job_store(store):
+            if start == 0 and text and is_job_store(store) and not self._is_loading:
                 with contextlib.suppress(GradprojError):  # without a model it can still be read
                     n_question = self._n_question(store, text[:TEXT_CHARACTERS])
         return {
