@@ -39,7 +39,7 @@ class FetchedShard(ShardRows):
     ) -> None:
         self.layout = layout
         self._object, self._path = path, cast(Path, path)
-        self._name, self._cache = str(path), cache
+        self._cache = cache
         self._opened: Future[tuple[ShardIndex, str]] = executor().submit(
             _read_index, path, layout, index_at_end, self._index_type
         )
@@ -55,6 +55,11 @@ class FetchedShard(ShardRows):
     @cached_property
     def index(self) -> ShardIndex:  # type: ignore[override]
         return self._opened.result()[0]
+
+    @cached_property
+    def _name(self) -> str:
+        """Of this version in the cache, which may still hold ranges of an earlier one."""
+        return f"{self._path} {self._opened.result()[1]}"
 
     def _fetch(self, begin: int, end: int) -> memoryview:
         try:
