@@ -46,11 +46,11 @@ class FetchedShard(ShardRows):
 
     @cached_property
     def exists(self) -> bool:
+        """Whether there is an object with rows; that of a unit that was given up has none."""
         try:
-            self._opened.result()
+            return self.index.has_chunks
         except FileNotFoundError:
             return False
-        return True
 
     @cached_property
     def index(self) -> ShardIndex:  # type: ignore[override]
