@@ -81,8 +81,8 @@ class _Seen:
     """Answers and outages that this process has seen, of all stores."""
 
     answer: bool = False
-    gave_up: bool = False
-    """A request was given up before any was answered: the next ones are at once."""
+    since_s: float = 0.0
+    """When the first request began that reached no store."""
     outage: bool = False
     """Whether people were told of the present one."""
 
@@ -112,8 +112,9 @@ class Patience:
         _SEEN.answer |= reason != "unreachable"
         pause = next(self._pauses, None) if reason in RETRIED else None
         if pause is not None and not _SEEN.answer:
-            _SEEN.gave_up |= waited_s >= FIRST_S
-            return None if _SEEN.gave_up else min(pause, FIRST_S - waited_s)
+            _SEEN.since_s = _SEEN.since_s or self._started
+            left_s = FIRST_S - (time.monotonic() - _SEEN.since_s)
+            return min(pause, left_s) if left_s > 0 else None
         if pause is not None and waited_s >= NOTICE_S and not _SEEN.outage:
             _SEEN.outage = True
             print(

@@ -208,10 +208,11 @@ def test_the_store_opens_while_a_model_loads_and_the_wait_for_it_can_be_ended(ou
             assert loads.wait(60)
             assert len(threads.submit(session.open_store).result(10)) > 0
             assert threads.submit(session._keep, ("quick",), load).result(10) == "kept"
+            assert threads.submit(session.index, config(output)).result(60)
 
             def ask():
                 with watching(Record(n_steps=1)):
-                    session.index(config(output))
+                    session._keep(("slow",), load)
 
             with pytest.raises(Stop):
                 threads.submit(ask).result(10)

@@ -16,7 +16,9 @@ from helpers.report_page import HOSTILE_TEXTS, shared_job
 
 from gradproj.analysis import score
 from gradproj.analysis.document_map import document_map
+from gradproj.cli.query import Session
 from gradproj.cli.serve.command import ServeConfig, explorers_of
+from gradproj.errors import ModelError
 from gradproj.maintenance.status import read_status
 from gradproj.query.tokens import QueryTokenizer
 from gradproj.serve.app import Access, Server
@@ -105,6 +107,17 @@ def test_a_document_is_shown_in_parts_and_its_beginning_can_be_asked_with(job, c
     longer = found["text"][: found["n_question"] + 1]
     if len(longer) > len(question):
         assert client.events("/api/query", {"text": longer})[-1]["event"] == "error"
+
+
+def test_a_document_can_be_read_when_the_model_is_gone(job, monkeypatch):
+    def gone(*_):
+        raise ModelError("the model is gone")
+
+    monkeypatch.setattr(Session, "projector", gone)
+    (explorer,) = explorers_of(ServeConfig(output=str(job.output), device="cpu"))
+    found = explorer.document(3, 0)
+    assert found["text"]
+    assert found["n_question"] == 0
 
 
 def test_the_map_has_the_principal_components_of_unit_rows(job):

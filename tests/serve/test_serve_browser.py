@@ -207,6 +207,7 @@ def test_ask_with_a_document_and_compare_two_outputs(visit, server):
         ({"score": "hidden"}, "hidden"),
         ({"domains": ["nowhere"]}, "'nowhere'"),
         ({"messages": [None]}, "no question that can be read"),
+        ({"top_k": "abc"}, "no question that can be read"),
     ],
 )
 def test_a_link_to_what_is_not_there_is_not_answered_otherwise(browser, server, question, message):

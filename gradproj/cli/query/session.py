@@ -55,7 +55,8 @@ class Session:
 
     def __init__(self, output: str, process: Process | None = None) -> None:
         self.output, self.process = output, process or Process(0, 1, 0, 1)
-        self._turns, self._lock = Turns(), threading.RLock()
+        self._turns, self._fit_lock = Turns(), threading.RLock()
+        self._load_locks: dict[tuple, threading.RLock] = {}
         self._identity: dict[str, Any] | None = None
         # Its own: the store opens while another thread loads the model or fits a curvature.
         self._identity_lock = threading.Lock()
@@ -132,7 +133,7 @@ class Session:
     ) -> Preconditioner:
         """Return the curvature of all layers, fitted again once the store's rows have changed."""
         key = kind, state_of(store)
-        with _held(self._lock):
+        with _held(self._fit_lock):
             fitted = self._fitted.pop(key, None) or fit_cached(store, kind, options, note)
             self._fitted[key] = fitted
             while len(self._fitted) > _MOST_FITTED:
@@ -140,8 +141,8 @@ class Session:
         return fitted
 
     def _keep(self, key: tuple, load: Callable[[], T]) -> T:
-        if key not in self._kept:  # what is there needs no lock: another thread may fit for minutes
-            with _held(self._lock):
+        if key not in self._kept:  # one lock each: a model may load for minutes
+            with _held(self._load_locks.setdefault(key, threading.RLock())):
                 if key not in self._kept:
                     self._kept[key] = load()
         return self._kept[key]

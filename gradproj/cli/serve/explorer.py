@@ -219,7 +219,8 @@ class OutputExplorer:
             except (GradprojError, OSError) as error:
                 problem = str(error)
             if start == 0 and text and is_job_store(store):
-                n_question = self._n_question(store, text[:TEXT_CHARACTERS])
+                with contextlib.suppress(GradprojError):  # without a model it can still be read
+                    n_question = self._n_question(store, text[:TEXT_CHARACTERS])
         return {
             "id": sample_id,
             "key": escaped(sample.key),

@@ -66,7 +66,7 @@ export class Panel {
     const show = () => Object.entries(texts).forEach(([kind, part]) => { part.hidden = kind !== fields.kind.value; });
     fields.kind.addEventListener("change", show); show();
     fields.output.addEventListener("change", () => this.draw({ ...this.question(), score: undefined, domains: undefined }));
-    const domains = [...new Set([...(facts.domains ?? []), ...(question.domains ?? [])])];
+    const domains = [...new Set([...(question.domains ?? []), ...(facts.domains ?? [])])]; // the ticked ones in view
     this.domains = domains.length ? domainChoice(domains, question.domains) : null;
     this.form.replaceChildren(
       el("div", { class: "row" }, this.outputs.length > 1 && el("label", {}, "Output ", fields.output), el("label", {}, "Ask with ", fields.kind)),

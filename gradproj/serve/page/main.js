@@ -31,7 +31,9 @@ function questionsOf(hash) {
 function isQuestion(x) {
   const texts = (list) => list === undefined || (Array.isArray(list) && list.every((one) => typeof one === "string"));
   const text = (one) => one === undefined || typeof one === "string";
-  return x && typeof x === "object" && [x.text, x.prompt, x.completion, x.score].every(text) && texts(x.layers) && texts(x.domains) &&
+  const number = (one) => one === undefined || typeof one === "number";
+  return x && typeof x === "object" && [x.text, x.prompt, x.completion, x.score].every(text) && (text(x.damping) || number(x.damping)) &&
+    [x.output, x.top_k, x.bottom_k].every(number) && texts(x.layers) && texts(x.domains) &&
     (x.messages === undefined || (Array.isArray(x.messages) && x.messages.every((turn) => turn && typeof turn === "object")));
 }
 
