@@ -125,7 +125,8 @@ class _Copier:
         if len(more) or names_in(final / CLAIMS_DIR):
             raise StoreError(
                 f"{final} is no mere copy of {self.output.path} any more: a job or a repair "
-                f"has worked on it, or units of {self.output.path} were repaired since. Give a new place"
+                f"has worked on it, or units of {self.output.path} were repaired since. Give a new "
+                "place"
             )
 
     # --- units ---

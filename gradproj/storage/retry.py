@@ -5,6 +5,7 @@ or reset, a few times in a few seconds, and continues a body that was cut from w
 given an etag. ``retried`` goes on after that, and after a 409 and a write whose reply was lost.
 """
 
+import os
 import random
 import sys
 import time
@@ -111,7 +112,8 @@ class Patience:
         reason, waited_s = self._meaning(error), time.monotonic() - self._started
         _SEEN.answer |= reason != "unreachable"
         pause = next(self._pauses, None) if reason in RETRIED else None
-        if pause is not None and not _SEEN.answer:
+        # In a job of Slurm nobody waits who could correct an address.
+        if pause is not None and not _SEEN.answer and "SLURM_JOB_ID" not in os.environ:
             _SEEN.since_s = _SEEN.since_s or self._started
             left_s = FIRST_S - (time.monotonic() - _SEEN.since_s)
             return min(pause, left_s) if left_s > 0 else None

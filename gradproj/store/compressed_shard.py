@@ -30,6 +30,7 @@ class CompressedIndex(ShardIndex):
         entries = decode_index(path, layout, encoded, n_bytes)
         self.present = entries[:, :, 0] != EMPTY_CHUNK
         """``(bands, chunks across)``."""
+        self.has_chunks = bool(self.present.any())
         self.spans = np.where(self.present[:, :, None], entries, 0).astype(np.int64)
         """``(bands, chunks across, 2)``: where a chunk begins and ends."""
         self.spans[:, :, 1] += self.spans[:, :, 0]

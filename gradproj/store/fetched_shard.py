@@ -39,22 +39,27 @@ class FetchedShard(ShardRows):
     ) -> None:
         self.layout = layout
         self._object, self._path = path, cast(Path, path)
-        self._name, self._cache = str(path), cache
+        self._cache = cache
         self._opened: Future[tuple[ShardIndex, str]] = executor().submit(
             _read_index, path, layout, index_at_end, self._index_type
         )
 
     @cached_property
     def exists(self) -> bool:
+        """Whether there is an object with rows; that of a unit that was given up has none."""
         try:
-            self._opened.result()
+            return self.index.has_chunks
         except FileNotFoundError:
             return False
-        return True
 
     @cached_property
     def index(self) -> ShardIndex:  # type: ignore[override]
         return self._opened.result()[0]
+
+    @cached_property
+    def _name(self) -> str:
+        """Of this version in the cache, which may still hold ranges of an earlier one."""
+        return f"{self._path} {self._opened.result()[1]}"
 
     def _fetch(self, begin: int, end: int) -> memoryview:
         try:

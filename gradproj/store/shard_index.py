@@ -43,6 +43,7 @@ class ShardIndex:
         """Bytes of a row in a chunk."""
         self.chunk_bytes = chunk_bytes = layout.chunk_rows * self.row_bytes
         present = offsets != EMPTY_CHUNK
+        self.has_chunks = bool(present.any())
         self.origin = origin = int(offsets.min()) if present.any() else 0
         """Offset of the first chunk."""
         last = int(offsets[present].max()) if present.any() else -chunk_bytes

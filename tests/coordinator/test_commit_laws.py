@@ -217,6 +217,16 @@ class TestCommits:
         assert queue.commit(fake_rows(layout, 1))
         assert list_records(output / "units").tolist() == [1]
 
+    def test_a_reader_that_knows_nothing_of_a_repair_is_told(self, output, layout):
+        fill(output, layout, fake_owner(0))
+        with ProjectionStore(output) as store:
+            store.column("status")
+            commits = queue_of(output, layout, 1).commits
+            commits.give_up([1], layout)
+            commits.clean_up(1, layout)
+            with pytest.raises(StoreError, match=r"recorded as ok but their shard .* is gone"):
+                store.rows([16])
+
     def test_a_repaired_unit_may_turn_out_to_have_no_rows(self, output, layout):
         fill(output, layout, fake_owner(0))
         replace(output / layout.shard_name(1), [b"damaged"])

@@ -227,6 +227,7 @@ def test_buckets_of_google_and_azure_open_with_what_names_them(anonymous, monkey
 def unreachable(monkeypatch):
     """Addresses whose servers are not there: nobody listens, or there is no such host."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setattr(retry, "_SEEN", retry._Seen())
@@ -251,12 +252,15 @@ def test_after_one_request_was_given_up_the_others_are_at_once(unreachable, monk
                 lambda: (_ for _ in ()).throw(ConnectionError()),
                 unreachable[0],
                 meaning=lambda error: "unreachable",
+                policy=retry.RetryPolicy(tries=20),
                 sleep=lambda seconds: (pauses.append(seconds), time.sleep(0.02)),
             )
         return len(pauses)
 
     monkeypatch.setattr(retry, "FIRST_S", 0.01)
     assert ask() == ask() == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "70")  # nobody is there to correct an address
+    assert ask() > 10
 
 
 def test_a_later_outage_is_waited_for_and_told_once(unreachable, monkeypatch, capsys):

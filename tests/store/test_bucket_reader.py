@@ -141,6 +141,16 @@ def test_a_reader_whose_ranges_were_dropped_is_still_right(counted, monkeypatch)
     )
 
 
+def test_ranges_asked_of_a_shard_are_not_taken_for_its_next_version(counted):
+    _, store, _ = counted
+    store._rows._shards.prefetch(1, 0, CHUNK_ROWS, store._selection(None))
+    store._maps.clear()  # as if many others had been opened since
+    shard = store.path / "projections/c.1.0"
+    data = shard.read_bytes()
+    shard.put([bytes(len(data) - INDEX_BYTES) + data[-INDEX_BYTES:]])
+    assert not store.rows(range(512, 512 + CHUNK_ROWS)).any()
+
+
 @pytest.mark.parametrize("change", ["written again", "deleted", "truncated"])
 def test_a_shard_that_changes_during_a_scan_is_an_error_with_its_name(counted, change):
     _, store, _ = counted
