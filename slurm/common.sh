@@ -106,7 +106,13 @@ run_job() {
     fi
     end_if_cancelled
     ask --ended "$status" ${drained:+--drained}
-    end_unless_told_to_go_on "$?"
+    status=$?
+    if ((status == 2)) && [[ -n $drained ]]; then
+        # Not the job's fault, and the next start's check finds out whether it lasts.
+        VERDICT="the output cannot be read now, see above: queued again"
+        status=3
+    fi
+    end_unless_told_to_go_on "$status"
     end_if_cancelled
     say "$VERDICT"
     queue_again

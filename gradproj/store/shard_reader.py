@@ -61,7 +61,7 @@ class Shards:
         return self._folder / self._separator.join(("c", str(unit), "0"))
 
     def exists(self, unit: int) -> bool:
-        if self._ranges is not None and self._is_ours:
+        if isinstance(self._folder, ObjectPath) and self._is_ours:
             return self._opened(unit) is not None
         return (self.layout.array, unit) in self._maps or self.path(unit).exists()
 
@@ -166,7 +166,7 @@ class Shards:
 
     def _opened(self, unit: int) -> ShardRows | None:
         shard = self._load(unit)
-        if isinstance(shard, FetchedShard) and not shard.exists:
+        if shard is not None and not shard.exists:
             self._maps.drop([(self.layout.array, unit)])  # a job may write it any time
             return None
         return shard

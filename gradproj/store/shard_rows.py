@@ -29,6 +29,11 @@ class ShardRows(ABC):
         """Whether the rows can be read here; zarr-python reads any other shard."""
         return self.index.regular
 
+    @property
+    def exists(self) -> bool:
+        """Whether there are rows; in a bucket the shard of a unit that was given up has none."""
+        return self.index.has_chunks
+
     @abstractmethod
     def prefetch(self, start: int, stop: int, selection: Selection) -> None:
         """Have the rows ``[start, stop)`` read in the background."""

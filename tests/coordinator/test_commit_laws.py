@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from gradproj.maintenance.verify import verify
 from gradproj.storage import object_path
 from gradproj.storage.address import Address
 from gradproj.storage.folders import delete_tree
-from gradproj.storage.object_path import ObjectPath
+from gradproj.storage.object_path import READING, ObjectPath
 from gradproj.storage.publish import replace
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STATUS, StoreConfig, plan_layout
@@ -69,6 +70,16 @@ def damage_in(output):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def copied_to(path):
+    """Return what copies an object to a file and opens that, as ``FileCache.open`` does."""
+
+    def open_copy(place, facts):
+        path.write_bytes(place.read_bytes())
+        return path.open("rb")
+
+    return open_copy
 
 
 class TestCommits:
@@ -217,7 +228,12 @@ class TestCommits:
         assert queue.commit(fake_rows(layout, 1))
         assert list_records(output / "units").tolist() == [1]
 
-    def test_a_reader_that_knows_nothing_of_a_repair_is_told(self, output, layout):
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_a_reader_that_knows_nothing_of_a_repair_is_told(
+        self, output, layout, cached, tmp_path, monkeypatch
+    ):
+        if cached:  # FileCache would ask a real bucket
+            monkeypatch.setattr(READING, "cache", SimpleNamespace(open=copied_to(tmp_path / "f")))
         fill(output, layout, fake_owner(0))
         with ProjectionStore(output) as store:
             store.column("status")

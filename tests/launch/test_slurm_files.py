@@ -84,6 +84,8 @@ BEGIN, CRASHED = ["out"], ["out", "out --ended 1"]
         (dict(begin=(2, "")), BEGIN, False, 2, "cannot be read (code 2), see above"),
         (dict(step="exit 143"), ["out", "out --ended 143"], True, 1, "units are left"),
         (dict(step=DRAIN), ["out", "out --ended 1 --drained"], True, 1, "told to stop (USR1)"),
+        (dict(step=DRAIN, end=(2, "")), ["out", "out --ended 1 --drained"], True, 1,
+         "cannot be read now, see above: queued again"),
         (dict(step="kill -TERM $PPID; sleep 0.2"), BEGIN, False, 1, "ended by scancel or by"),
     ],
 )  # fmt: skip
