@@ -310,7 +310,7 @@ def test_positive_score_means_training_on_the_document_lowers_the_loss(job, tmp_
 
 def test_control_characters_are_replaced_in_the_table(job, tmp_path, ask, monkeypatch):
     hostile = "control \x1b[31m and\n\n  spaces" + words(60, 3)
-    monkeypatch.setattr("gradproj.cli.query.command.text_of", lambda index, sample_id: hostile)
+    monkeypatch.setattr("gradproj.cli.query.session.text_of", lambda index, sample_id: hostile)
     path = write_queries(tmp_path / "q.jsonl", {"text": "the of \x1b[0m", "id": "a\x1b[2Jb"})
     lines, _ = ask(job.output, "--queries", path, "--show_text", "--top_k", 6)
     assert "\x1b" not in "\n".join(lines)
