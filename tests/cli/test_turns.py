@@ -38,6 +38,20 @@ def test_short_work_comes_before_the_next_part_of_long_work_and_of_that_the_firs
     assert done == ["short", "shorter", "first's next part", "second's part"]
 
 
+def test_long_work_that_has_waited_comes_before_short_work_that_came_later(monkeypatch):
+    monkeypatch.setattr("gradproj.cli.query.turns.PATIENCE_S", 0.05)
+    turns, done = Turns(), []
+    long = turns.place()
+    with turns.turn():
+        threads = [started(turns, "long", long, done)]
+        while turns._waiting != [(0, long[1])]:
+            time.sleep(0.001)
+        threads.append(started(turns, "short", None, done))
+    for thread in threads:
+        thread.join(60)
+    assert done == ["long", "short"]
+
+
 def test_a_wait_that_ends_leaves_the_queue():
     turns = Turns()
 

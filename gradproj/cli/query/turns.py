@@ -9,13 +9,15 @@ from contextlib import contextmanager
 
 LOOK_AGAIN_S = 0.2
 """Between two calls of one that waits."""
+PATIENCE_S = 2.0
+"""A part of long work that has waited for so long counts as short: it came first."""
 
 Place = tuple[int, int]
 """Of a thread among those that wait; the smallest is next."""
 
 
 class Turns:
-    """A lock that goes to short work first, and else to who came first.
+    """A lock that goes to short work first, for ``PATIENCE_S``, and else to who came first.
 
     Work of many parts takes a turn for each, always at its own ``place``: between two parts a short
     one comes in, and of two long ones the second does not delay the first. A thread that has the
@@ -41,7 +43,7 @@ class Turns:
         ``waits`` is called now and then before the turn comes; its exception ends the wait.
         """
         place = place or (0, next(self._numbers))
-        called = time.monotonic()
+        came = called = time.monotonic()
         with self._changed:
             bisect.insort(self._waiting, place)
             try:
@@ -50,6 +52,10 @@ class Turns:
                     if time.monotonic() - called >= LOOK_AGAIN_S:
                         waits()
                         called = time.monotonic()
+                    if place[0] and time.monotonic() - came >= PATIENCE_S:
+                        self._waiting.remove(place)
+                        place = 0, place[1]
+                        bisect.insort(self._waiting, place)
                 self._is_taken = True
             finally:
                 self._waiting.remove(place)
