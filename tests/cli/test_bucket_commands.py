@@ -88,7 +88,7 @@ def written(folder, place):
 def test_a_store_in_a_bucket_is_pickled_and_opened_by_xarray(places, s3_server):
     local, remote = (ProjectionStore(place) for place in places)
     packed = pickle.dumps(remote)
-    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() not in packed
+    assert s3_server.secret.encode() not in packed
     ids = range(len(local))
     np.testing.assert_array_equal(pickle.loads(packed).rows(ids), local.rows(ids))
     want = local.to_xarray()
@@ -180,6 +180,8 @@ def test_a_cache_without_room_is_one_line(places, reading, tmp_path, capsys):
 def test_an_output_in_a_public_bucket_is_read_without_credentials(
     places, s3_module, reading, name, tmp_path, monkeypatch, capsys
 ):
+    if places[1].scheme != "s3":
+        pytest.skip("the bucket is made public as in S3")
     bucket = places[1].bucket
     statement = {"Effect": "Allow", "Principal": "*", "Action": "s3:*"}
     statement["Resource"] = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]

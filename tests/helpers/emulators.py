@@ -10,6 +10,7 @@ import hmac
 import http.client
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ AZURE_KEY = (
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 )
 """The key that every Azurite has."""
+GOOGLE_TOKEN = "token-of-the-tests"
 _numbers = count()
 
 
@@ -48,6 +50,9 @@ class Emulator:
     scheme: str
     url: str
     environment: dict[str, str]
+    secret: str
+    """The key of its users."""
+    is_shared = False
 
     def new_bucket(self) -> Address:
         """Make an empty bucket."""
@@ -83,10 +88,11 @@ def emulator() -> Iterator[Emulator | None]:
             "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
             "AZURE_STORAGE_ENDPOINT": f"{azure}/{AZURE_ACCOUNT}",
         }
-        yield Emulator("az", azure, environment)
+        yield Emulator("az", azure, environment, AZURE_KEY)
     elif google:
         with _google_front(google) as url:
-            yield Emulator("gs", url, {"GOOGLE_BASE_URL": url, "GOOGLE_BEARER_TOKEN": "token"})
+            environment = {"GOOGLE_BASE_URL": url, "GOOGLE_BEARER_TOKEN": GOOGLE_TOKEN}
+            yield Emulator("gs", url, environment, GOOGLE_TOKEN)
     else:
         yield None
 
@@ -183,6 +189,11 @@ class _Server(ThreadingHTTPServer):
     upstream: str
     lock: threading.Lock
     uploads: dict[str, dict[int, bytes]]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that hang up; standard error is what tests look at."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @contextmanager

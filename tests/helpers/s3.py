@@ -30,6 +30,11 @@ class S3Server:
     environment: dict[str, str]
     is_shared: bool = False
 
+    @property
+    def secret(self) -> str:
+        """The key of its users, which belongs in no file and no message."""
+        return self.environment["AWS_SECRET_ACCESS_KEY"]
+
     @cached_property
     def client(self) -> Any:
         """Return botocore's client: another one than gradproj's."""

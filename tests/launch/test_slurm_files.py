@@ -128,7 +128,7 @@ def test_output_in_a_bucket_is_queued_again_by_the_same_rule(tmp_path, bucket, s
     done, queued = run_sbatch(tmp_path, FIRST_UNIT, **job)
     assert queued == ["7_3"], done.stdout + done.stderr
     assert "job 7_3, start 1: not complete, with new units in this start: queued" in done.stdout
-    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+    assert s3_server.secret not in done.stdout + done.stderr
     assert not (tmp_path / "s3:").exists()
 
 
