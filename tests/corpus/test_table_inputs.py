@@ -30,7 +30,10 @@ WANT = [
 
 def write_table(path, table):
     if path.suffix == ".parquet":
-        parquet.write_table(table, path, row_group_size=3)
+        try:
+            parquet.write_table(table, path, row_group_size=3)
+        except pyarrow.ArrowNotImplementedError as error:
+            pytest.skip(f"this pyarrow cannot write such a file: {error}")
     elif path.stem == "file":
         with pyarrow.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)

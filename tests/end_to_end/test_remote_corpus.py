@@ -77,7 +77,9 @@ def test_two_ranks_from_a_bucket_give_the_rows_of_the_disk(
     # The job goes on after the tars were written again, if they are indexed again.
     for tar in job.corpus.glob("*.tar"):
         object_at(bucket / "tars" / tar.name).put([tar.read_bytes()])
-    assert run(s3_server.environment, **settings)[0] == 0
+    assert main(["index", f"{bucket}/tars"]) == 0
+    code, errors = run(s3_server.environment, **settings)
+    assert code == 0, errors
 
 
 def test_a_unit_is_one_request(site, from_site):

