@@ -76,6 +76,9 @@ class Launch:
 
 def arrays_in_bucket(output: ObjectPath) -> dict[str, bytes]:
     """Return the bytes of every array, read by plain zarr from the bucket."""
-    store, key = open_bucket(output / "projections.zarr")
+    folder = output / "projections.zarr"
+    store, key = open_bucket(folder)
     group = zarr.open_group(zarr.storage.ObjectStore(store, read_only=True), path=key, mode="r")
-    return {name: np.ascontiguousarray(array[...]).tobytes() for name, array in group.arrays()}
+    # Not group.arrays(): of zarr 3.1.0 to 3.1.3 it misses arrays of a bucket.
+    names = folder.names(folders_only=True)
+    return {name: np.ascontiguousarray(group[name][...]).tobytes() for name in names}
